@@ -1,0 +1,158 @@
+"""Input checks for the functional operators: every message names the argument, what it was, and what was expected."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def check_tensors(like: str, **tensors: Tensor | None) -> None:
+    """Every tensor is a floating-point tensor on the device of the argument named ``like``."""
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{name} of shape {_shape(tensor)} has dtype {tensor.dtype}; expected a floating-point tensor"
+                " (float32, bfloat16 or float16)"
+            )
+        if name == like:
+            device = tensor.device
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name} of shape {_shape(tensor)} is on {tensor.device} while {like} is on {device}; expected one device"
+            )
+
+
+def check_same_dtype(like: str, **tensors: Tensor | None) -> None:
+    dtype = tensors[like].dtype  # type: ignore[union-attr]
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != dtype:
+            raise TypeError(
+                f"{name} of shape {_shape(tensor)} has dtype {tensor.dtype} while {like} has {dtype}; expected one dtype"
+            )
+
+
+def check_affine(like: str, **tensors: Tensor | None) -> None:
+    """Norm parameters may be in the input's dtype or in float32 beside a lower-precision input."""
+    dtype = tensors[like].dtype  # type: ignore[union-attr]
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (dtype, torch.float32):
+            raise TypeError(
+                f"{name} of shape {_shape(tensor)} has dtype {tensor.dtype} while {like} has {dtype};"
+                f" expected {dtype} or torch.float32"
+            )
+
+
+def check_shape(name: str, tensor: Tensor | None, expected: Sequence[int], why: str) -> None:
+    if tensor is not None and tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name} has shape {_shape(tensor)}; expected {tuple(expected)}: {why}")
+
+
+def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    if tensor.dim() != rank:
+        raise ValueError(f"{name} has shape {_shape(tensor)}; expected {rank} dimensions {layout}")
+
+
+def check_activation(activation: str | None) -> None:
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)} or None")
+
+
+def check_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None
+) -> None:
+    mask_is_bool = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
+    floats = None if mask_is_bool else attn_mask
+    check_tensors("query", query=query, key=key, value=value, attn_mask=floats, rel_h=rel_h, rel_w=rel_w)
+    if mask_is_bool and attn_mask.device != query.device:  # type: ignore[union-attr]
+        raise ValueError(f"attn_mask is on {attn_mask.device} while query is on {query.device}; expected one device")  # type: ignore[union-attr]
+    check_same_dtype("query", query=query, key=key, value=value)
+    check_rank("query", query, 4, "(batch, heads, queries, head_dim)")
+    check_rank("key", key, 4, "(batch, key heads, keys, head_dim)")
+    check_rank("value", value, 4, "(batch, key heads, keys, value head_dim)")
+    batch, heads, queries, dim = query.shape
+    key_heads, keys = key.shape[1], key.shape[2]
+    check_shape("key", key, (batch, key_heads, keys, dim), f"query has shape {_shape(query)}")
+    check_shape("value", value, (batch, key_heads, keys, value.shape[3]), f"key has shape {_shape(key)}")
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(f"key has shape {_shape(key)}; expected a number of heads that divides query's {heads}")
+    for name, tensor in (("query", query), ("value", value)):
+        if not 1 <= tensor.shape[3] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} has shape {_shape(tensor)}; expected a head_dim from 1 to {MAX_HEAD_DIM}")
+    if queries < 1 or keys < 1:
+        raise ValueError(f"query has shape {_shape(query)} and key {_shape(key)}; expected at least one query and one key")
+    if attn_mask is not None:
+        full = (batch, heads, queries, keys)
+        padded = (1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape)
+        if attn_mask.dim() > 4 or any(have not in (1, want) for have, want in zip(padded, full, strict=False)):
+            raise ValueError(
+                f"attn_mask has shape {_shape(attn_mask)}; expected one that broadcasts to (batch, heads, queries, keys) = {full}"
+            )
+    if (rel_h is None) != (rel_w is None):
+        missing = "rel_h" if rel_h is None else "rel_w"
+        raise ValueError(f"{missing} is None; expected rel_h and rel_w together or neither")
+    if rel_h is not None and rel_w is not None:
+        for name, tensor in (("rel_h", rel_h), ("rel_w", rel_w)):
+            check_rank(name, tensor, 4, "(batch, heads, queries, key rows or columns)")
+            check_shape(name, tensor, (batch, heads, queries, tensor.shape[3]), f"query has shape {_shape(query)}")
+        if rel_h.shape[3] * rel_w.shape[3] != keys:
+            raise ValueError(
+                f"rel_h has shape {_shape(rel_h)} and rel_w {_shape(rel_w)}; expected key rows × key columns = {keys} keys"
+            )
+
+
+def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: str) -> None:
+    check_tensors("input", input=input, weight=weight, bias=bias)
+    check_affine("input", input=input, weight=weight, bias=bias)
+    if statistics not in ("token", "image"):
+        raise ValueError(f"statistics is {statistics!r}; expected 'token' or 'image'")
+    if statistics == "image":
+        check_rank("input", input, 3, "(batch, tokens, channels) for statistics='image'")
+    if input.dim() < 1 or input.shape[-1] == 0:
+        raise ValueError(f"input has shape {_shape(input)}; expected at least one channel in the last dimension")
+    channels = (input.shape[-1],)
+    check_shape("weight", weight, channels, f"input has shape {_shape(input)}")
+    check_shape("bias", bias, channels, f"input has shape {_shape(input)}")
+
+
+def check_add_layer_norm(
+    residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, layer_scale: Tensor | None
+) -> None:
+    check_tensors("residual", residual=residual, branch=branch, layer_scale=layer_scale)
+    check_layer_norm(residual, weight, bias, "token")
+    if branch.dtype != residual.dtype and torch.float32 not in (branch.dtype, residual.dtype):
+        raise TypeError(
+            f"branch of shape {_shape(branch)} has dtype {branch.dtype} while residual has {residual.dtype};"
+            " expected one dtype, or torch.float32 for one of them"
+        )
+    check_shape("branch", branch, residual.shape, "the shape of residual")
+    check_shape("layer_scale", layer_scale, (residual.shape[-1],), f"residual has shape {_shape(residual)}")
+    if layer_scale is not None and layer_scale.dtype not in (residual.dtype, branch.dtype, torch.float32):
+        raise TypeError(f"layer_scale has dtype {layer_scale.dtype}; expected {residual.dtype} or torch.float32")
+
+
+def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, prefix: str = "") -> None:
+    names = {"input": input, f"{prefix}weight": weight, f"{prefix}bias": bias}
+    check_activation(activation)
+    check_tensors("input", **names)
+    check_same_dtype("input", **names)
+    check_rank(f"{prefix}weight", weight, 2, "(out features, in features)")
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"input has shape {_shape(input)}; expected {weight.shape[1]} channels last, as {prefix}weight has shape {_shape(weight)}"
+        )
+    if weight.shape[0] == 0 or weight.shape[1] == 0:
+        raise ValueError(f"{prefix}weight has shape {_shape(weight)}; expected at least one feature on either side")
+    check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"{prefix}weight has shape {_shape(weight)}")

@@ -1,0 +1,96 @@
+"""Which implementation serves an operator: ``triton`` (the kernels), ``torch`` (PyTorch's own operators) or ``auto``.
+
+``auto`` gives Triton to a GPU that Triton serves and PyTorch to everything else. The choice is process-wide;
+``with use_backend("triton"):`` scopes it and ``FASTVIT_BACKEND`` sets where it starts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+BACKENDS = ("auto", "triton", "torch")
+MIN_COMPUTE_CAPABILITY = (8, 0)
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+_current = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND")
+_interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def get_backend() -> str:
+    """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
+    return _current
+
+
+def set_backend(name: str) -> None:
+    """Sets the backend for the whole process. Raises ``ValueError`` for an unknown name."""
+    global _current
+    _current = _checked(name, "backend")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Scopes the backend: ``with fastvit.use_backend("torch"): ...``. Raises ``ValueError`` for an unknown name."""
+    previous = _current
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(previous)
+
+
+def why_not_triton(device: torch.device) -> str | None:
+    """None when the Triton kernels can run on ``device``, otherwise the reason why they cannot."""
+    if device.type == "cpu":
+        return None if _interpreted else "a CPU runs Triton kernels only in the interpreter (set TRITON_INTERPRET=1)"
+    if device.type != "cuda":
+        return f"no Triton kernels for device type {device.type!r}"
+    return _why_not_gpu(0 if device.index is None else device.index)
+
+
+@torch.compiler.assume_constant_result
+def _why_not_gpu(index: int) -> str | None:
+    if index not in _gpu_reasons:
+        _gpu_reasons[index] = _probe_gpu(index)
+    return _gpu_reasons[index]
+
+
+_gpu_reasons: dict[int, str | None] = {}
+
+
+def _probe_gpu(index: int) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    if torch.version.hip is not None:
+        return None
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_COMPUTE_CAPABILITY:
+        needs, has = (".".join(map(str, pair)) for pair in (MIN_COMPUTE_CAPABILITY, capability))
+        return f"Triton needs compute capability {needs}, this GPU has {has}"
+    return None
+
+
+def resolve(tensor: torch.Tensor) -> str:
+    """``"triton"`` or ``"torch"`` for an operator on ``tensor``.
+
+    Raises ``ValueError`` when ``triton`` was asked for by name and cannot serve the tensor's device or dtype.
+    """
+    if _current == "torch" or (_current == "auto" and not tensor.is_cuda):
+        return "torch"
+    reason = why_not_triton(tensor.device)
+    if reason is None and tensor.dtype == torch.float64:
+        reason = "the kernels compute in float32, which would lose a float64 input's precision"
+    if reason is None:
+        return "triton"
+    if _current == "triton":
+        raise ValueError(f"backend 'triton' cannot serve a {tensor.dtype} tensor on {tensor.device}: {reason}")
+    return "torch"

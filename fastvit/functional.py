@@ -1,0 +1,174 @@
+"""Fused operators for Vision Transformers, differentiable, on Triton kernels or PyTorch's own (see ``fastvit.backend``).
+
+Shapes: B batch, H heads, N queries, M keys, D head dim, C = H·D channels. Floating-point tensors of one dtype
+(float32, bfloat16, float16; float64 on the torch backend) and one device, of any strides; results are fresh tensors.
+Under autocast, operators behave as PyTorch's: ``attention``, ``linear`` and ``mlp`` compute in the autocast dtype,
+the norms in float32. ``fastvit.reference`` holds the same functions in plain PyTorch: the specification.
+
+Wrong input raises ``TypeError`` (not a floating-point tensor, mixed dtypes) or ``ValueError`` (shapes, devices,
+head_dim over 256), naming the argument, its shape and what was expected.
+"""
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .backend import resolve
+from .ops import attention as _attention_op
+from .ops import layer_norm as _layer_norm_op
+from .ops import linear as _linear_op
+from .ops import torch_backend
+
+__all__ = ["add_layer_norm", "attention", "layer_norm", "linear", "mlp"]
+
+
+def _autocast(device_type: str, *tensors: Tensor | None, to_float32: bool = False) -> tuple:
+    """The tensors as autocast would hand them to an operator of its lower-precision (or float32) list."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.float32 if to_float32 else torch.get_autocast_dtype(device_type)
+    castable = (torch.float16, torch.bfloat16, torch.float32)
+    return tuple(t.to(dtype) if t is not None and t.dtype in castable else t for t in tensors)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+) -> Tensor:
+    """softmax(scale·QKᵀ + bias)·V without the N×M matrix in memory (Vaswani et al. 2017; Dao 2023, FlashAttention-2).
+
+    Args:
+        query: (B, H, N, D), D from 1 to 256.
+        key: (B, Hk, M, D), H a multiple of Hk (grouped queries).
+        value: (B, Hk, M, Dv), Dv from 1 to 256.
+        attn_mask: broadcastable to (B, H, N, M); bool (True = attend) or additive, of any floating-point dtype.
+        is_causal: query n attends to keys m ≤ n only; combines with ``attn_mask``.
+        scale: factor on the scores; D ** -0.5 when None.
+        rel_h: (B, H, N, Kh) and ``rel_w`` (B, H, N, Kw), Kh·Kw = M: rel_h[n, m // Kw] + rel_w[n, m % Kw] is added to the
+            scores after scaling (Li et al. 2021, MViTv2, decomposed relative positions).
+
+    Returns:
+        (B, H, N, Dv). A row with nothing to attend to gives zeros and zero gradients. Differentiable in query, key, value,
+        an additive attn_mask, rel_h and rel_w.
+    """
+    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query.device.type, query, key, value)
+    _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    if resolve(query) == "triton":
+        return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+    return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+
+
+def layer_norm(
+    input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6, *, statistics: str = "token"
+) -> Tensor:
+    """(x − mean) / sqrt(var + eps) · weight + bias, statistics in float32 (Ba et al. 2016).
+
+    Args:
+        input: (..., C); (B, N, C) for ``statistics="image"``.
+        weight, bias: (C,), in the input's dtype or float32; None leaves them out.
+        eps: added to the variance.
+        statistics: "token" normalizes over the channels, "image" over all tokens and channels of an image.
+
+    Returns:
+        a tensor of the input's shape and dtype.
+    """
+    if isinstance(input, Tensor):
+        input, weight, bias = _autocast(input.device.type, input, weight, bias, to_float32=True)
+    _checks.check_layer_norm(input, weight, bias, statistics)
+    if resolve(input) == "triton":
+        return _layer_norm_op.layer_norm(input, weight, bias, eps, statistics)
+    return torch_backend.layer_norm(input, weight, bias, eps, statistics)
+
+
+def add_layer_norm(
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    layer_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """total = residual + layer_scale·branch and its layer norm in one pass (LayerScale: Touvron et al. 2021, eq. 4).
+
+    Args:
+        residual, branch: (..., C), of one dtype or one of them float32.
+        weight, bias: (C,) of the norm, or None.
+        eps: added to the variance.
+        layer_scale: (C,), or None for 1.
+
+    Returns:
+        (normalized, total), of the residual's shape and the two inputs' promoted dtype.
+    """
+    if isinstance(residual, Tensor):
+        cast = _autocast(residual.device.type, residual, branch, weight, bias, layer_scale, to_float32=True)
+        residual, branch, weight, bias, layer_scale = cast
+    _checks.check_add_layer_norm(residual, branch, weight, bias, layer_scale)
+    if resolve(residual) == "triton":
+        return _layer_norm_op.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
+    return torch_backend.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """activation(x·Wᵀ + b), bias and activation in the matrix product's epilogue.
+
+    Args:
+        input: (..., in).
+        weight: (out, in), as in ``torch.nn.Linear``.
+        bias: (out,) or None.
+        activation: "gelu" (erf; Hendrycks & Gimpel 2016), "gelu_tanh", "quick_gelu" (x·σ(1.702x)), "relu" or None.
+
+    Returns:
+        (..., out).
+    """
+    if isinstance(input, Tensor):
+        input, weight, bias = _autocast(input.device.type, input, weight, bias)
+    _checks.check_linear(input, weight, bias, activation)
+    if resolve(input) == "triton":
+        return _linear_op.linear(input, weight, bias, activation)
+    return torch_backend.linear(input, weight, bias, activation)
+
+
+def mlp(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    *,
+    activation: str | None = "gelu",
+) -> Tensor:
+    """activation(x·W1ᵀ + b1)·W2ᵀ + b2 (Dosovitskiy et al. 2021, eq. 3).
+
+    Args:
+        input: (..., C).
+        fc1_weight, fc1_bias: (hidden, C), (hidden,) or None.
+        fc2_weight, fc2_bias: (out, hidden), (out,) or None.
+        activation: as in ``linear``.
+
+    Returns:
+        (..., out).
+    """
+    if isinstance(input, Tensor):
+        cast = _autocast(input.device.type, input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+        input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    _checks.check_linear(input, fc1_weight, fc1_bias, activation, prefix="fc1_")
+    names = {"input": input, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    _checks.check_tensors("input", **names)
+    _checks.check_same_dtype("input", **names)
+    _checks.check_rank("fc2_weight", fc2_weight, 2, "(out features, hidden features)")
+    out_features = fc2_weight.shape[0]
+    _checks.check_shape("fc2_weight", fc2_weight, (out_features, fc1_weight.shape[0]), "fc1_weight's outputs are its inputs")
+    _checks.check_shape("fc2_bias", fc2_bias, (out_features,), "one value an output of fc2_weight")
+    if resolve(input) == "triton":
+        return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
