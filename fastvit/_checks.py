@@ -151,7 +151,8 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
     check_rank(f"{prefix}weight", weight, 2, "(out features, in features)")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"input has shape {_shape(input)}; expected {weight.shape[1]} channels last, as {prefix}weight has shape {_shape(weight)}"
+            f"input has shape {_shape(input)}; expected {weight.shape[1]} channels last,"
+            f" as {prefix}weight has shape {_shape(weight)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight has shape {_shape(weight)}; expected at least one feature on either side")
