@@ -1,0 +1,115 @@
+"""Triton's CPU interpreter, repaired until a kernel that passes in it deserves to pass.
+
+The stock interpreter (3.6 to 3.9) computes bfloat16 on its bits as if they were integers, truncates where a GPU rounds,
+hands 0 to a masked load that names no ``other=`` (a GPU hands over whatever the register held), lets a 32-bit offset wrap
+around in silence and ignores ``tl.device_assert``. ``repair()`` mends these; ``test_interpreter.py`` shows each of them. It
+also stops the interpreter from re-installing its patches at every call of a device function, which took most of its time.
+"""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+_repaired = False
+
+
+def repair() -> None:
+    """Repairs the interpreter of this process; calling it again changes nothing."""
+    global _repaired
+    if _repaired:
+        return
+    _repaired = True
+    _make_bfloat16_real()
+    _make_masked_loads_honest()
+    _check_overflow_and_assertions()
+
+
+def _is_bfloat16(array: np.ndarray) -> bool:
+    return array.dtype == BFLOAT16
+
+
+def _raw(array: np.ndarray) -> np.ndarray:
+    """The array as the memory access routines, which know no bfloat16, take it."""
+    return np.ascontiguousarray(array).view(np.uint16) if _is_bfloat16(array) else array
+
+
+def _make_bfloat16_real() -> None:
+    """bfloat16 values live in ``ml_dtypes`` arrays, whose arithmetic, comparisons and casts round as hardware does."""
+    builder = interpreter.InterpreterBuilder
+    handle = interpreter.TensorHandle
+    stock = {name: getattr(builder, name) for name in ("create_masked_store", "create_dot", "create_fp_to_fp", "cast_impl")}
+    stock_numpy_dtype = interpreter._get_np_dtype
+
+    def numpy_dtype(dtype):
+        scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
+        return BFLOAT16 if scalar == tl.bfloat16 else stock_numpy_dtype(dtype)
+
+    def cast(self, source, dtype):
+        if tl.bfloat16 not in (source.dtype.scalar, dtype.scalar):
+            return stock["cast_impl"](self, source, dtype)
+        return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
+
+    def convert_with_rounding(self, source, dtype, rounding_mode):
+        half_precision = (tl.float16, tl.bfloat16)
+        if dtype.scalar in half_precision or source.dtype.scalar in half_precision:
+            return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
+        return stock["create_fp_to_fp"](self, source, dtype, rounding_mode)
+
+    def masked_store(self, pointers, value, mask, *hints):
+        if _is_bfloat16(value.data):
+            value = handle(_raw(value.data), tl.uint16)
+        return stock["create_masked_store"](self, pointers, value, mask, *hints)
+
+    def dot(self, a, b, accumulator, *options):
+        if _is_bfloat16(a.data):
+            a, b = (handle(x.data.astype(np.float32), tl.float32) for x in (a, b))
+        return stock["create_dot"](self, a, b, accumulator, *options)
+
+    interpreter._get_np_dtype = numpy_dtype
+    builder.get_bf16 = lambda self, value: handle(np.array([value], dtype=BFLOAT16), tl.bfloat16)
+    builder.create_masked_store = masked_store
+    builder.create_dot = dot
+    builder.create_fp_to_fp = convert_with_rounding
+    builder.cast_impl = cast  # the other casts call this one by name
+
+
+def _make_masked_loads_honest() -> None:
+    """Lanes that a mask turns off read NaN, or the type's largest integer, unless the kernel says ``other=``."""
+    handle = interpreter.TensorHandle
+
+    def poison(dtype: np.dtype):
+        if dtype == bool:
+            return True
+        return np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
+
+    def read(pointers, mask, other):
+        element = pointers.get_element_ty()
+        dtype = interpreter._get_np_dtype(element)
+        if other is None:
+            filler = np.full(pointers.data.shape, poison(dtype), dtype=dtype)
+        else:
+            filler = np.array(np.broadcast_to(other.data, pointers.data.shape), dtype=dtype)
+        raw = _raw(filler)
+        data = interpreter._interpreter.load(pointers.data, mask, raw, raw.dtype)
+        return handle(data.view(dtype), element)
+
+    def masked_load(self, pointers, mask, other, *hints, **named_hints):
+        mask = mask.data if isinstance(mask, handle) else mask  # descriptors hand over a bare array
+        return read(pointers, mask, other)
+
+    def load(self, pointers, *hints, **named_hints):
+        return read(pointers, np.ones_like(pointers.data, dtype=bool), None)
+
+    interpreter.InterpreterBuilder.create_masked_load = masked_load
+    interpreter.InterpreterBuilder.create_load = load
+
+
+def _check_overflow_and_assertions() -> None:
+    """Integer arithmetic narrower than 64 bits raises when it leaves its type, and ``tl.device_assert`` raises."""
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, debug=True, sanitize_overflow=True)
