@@ -1,0 +1,48 @@
+"""What the operators share: the ``torch.library`` namespace, the base Function, and the layouts kernels accept."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+library = Library("fastvit", "DEF")
+
+
+def define(schema: str, implementation: Any, fake: Any) -> None:
+    """Registers ``fastvit::<schema>`` with its kernel (CUDA and, in the interpreter, CPU) and its shape function."""
+    name = schema.split("(")[0]
+    library.define(schema)
+    for key in ("CUDA", "CPU"):
+        library.impl(name, implementation, key)
+    torch.library.register_fake(f"fastvit::{name}", fake, lib=library)
+
+
+class Operator(torch.autograd.Function):
+    """Base of the operators' Functions: composes with ``torch.func.grad``, refuses ``vmap`` in one sentence."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):  # noqa: ARG004
+        raise RuntimeError(
+            "fastvit's Triton operators do not support torch.func.vmap; put the mapped dimension into the batch dimension,"
+            " or use the PyTorch backend: with fastvit.use_backend('torch')"
+        )
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., C) → (rows, C) with last stride 1; a view wherever the strides allow one."""
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 and rows.is_contiguous() else rows.contiguous()
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """The tensor itself when its last stride is 1, otherwise a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

@@ -1,0 +1,232 @@
+"""Layer norm over the channels of a token, alone or after a residual addition, forward and backward (Ba et al. 2016).
+
+    total = residual + layer_scale · branch                      (add_layer_norm only)
+    y     = (total − mean) · rstd · weight + bias                mean, rstd = 1/sqrt(var + eps) over the channels
+    dx    = rstd · (g − mean(g) − x̂ · mean(g · x̂)) + d_total     g = dy · weight,  x̂ = (x − mean) · rstd
+    d_branch = layer_scale · dx,  dweight = Σ dy · x̂,  dbias = Σ dy,  d_layer_scale = Σ dx · branch   (sums over rows)
+
+Shapes: residual, branch, y, total, and their gradients [rows, channels], last stride 1; weight, bias, layer_scale
+[channels]; mean, rstd [rows] float32, saved for the backward pass. Each tensor is read once and written once; a row lives
+in registers, so channels ≤ MAX_CHANNELS (``layer_norm_wide`` takes over from there). Weight gradients leave as partial sums
+[programs, channels] in float32, added up by ``reduce``: no atomics, the same bits every time.
+Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch, target_of
+from ._tuning import config
+
+MAX_CHANNELS = 16384
+
+
+@triton.jit
+def _layer_norm_forward(
+    x_ptr,  # [rows, channels]: the input, or the residual
+    branch_ptr,  # [rows, channels] or None
+    scale_ptr,  # [channels] or None: LayerScale
+    weight_ptr,  # [channels] or None
+    bias_ptr,  # [channels] or None
+    y_ptr,  # [rows, channels]
+    total_ptr,  # [rows, channels] or None
+    mean_ptr,  # [rows]
+    rstd_ptr,  # [rows]
+    rows,
+    channels,
+    stride_x_row,
+    stride_branch_row,
+    eps,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < channels
+    mask = (row < rows)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    if branch_ptr is not None:
+        branch = tl.load(branch_ptr + row[:, None] * stride_branch_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        if scale_ptr is not None:
+            branch *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        x += branch
+        rounded = x.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row[:, None] * channels + column[None, :], rounded, mask=mask)
+        x = rounded.to(tl.float32)
+    mean = tl.sum(x, axis=1) / channels
+    centred = tl.where(mask, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / channels + eps)
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(mean_ptr + row, mean, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit
+def _layer_norm_backward(
+    dy_ptr,  # [rows, channels]
+    dtotal_ptr,  # [rows, channels] or None: the gradient that reaches the sum directly
+    x_ptr,  # [rows, channels]: what was normalized
+    branch_ptr,  # [rows, channels] or None: needed for d_layer_scale only
+    scale_ptr,  # [channels] or None
+    weight_ptr,  # [channels] or None
+    mean_ptr,  # [rows]
+    rstd_ptr,  # [rows]
+    dx_ptr,  # [rows, channels]
+    dbranch_ptr,  # [rows, channels] or None: where it differs from dx
+    dweight_ptr,  # [programs, channels] or None
+    dbias_ptr,  # [programs, channels] or None
+    dscale_ptr,  # [programs, channels] or None
+    rows,
+    channels,
+    rows_per_program,
+    stride_dy_row,
+    stride_dtotal_row,
+    stride_x_row,
+    stride_branch_row,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK_C)
+    inside = column < channels
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, rows)
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    dbias = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    dscale = tl.zeros([BLOCK_ROWS, BLOCK_C], dtype=tl.float32)
+    for start in range(first, last, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
+        valid = row < last
+        mask = valid[:, None] & inside[None, :]
+        mean = tl.load(mean_ptr + row, mask=valid, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
+        x = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + row[:, None] * stride_dy_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        normalized = tl.where(mask, (x - mean) * rstd, 0.0)
+        if dweight_ptr is not None:
+            dweight += dy * normalized
+        if dbias_ptr is not None:
+            dbias += dy
+        g = dy
+        if weight_ptr is not None:
+            g *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        g_mean = (tl.sum(g, axis=1) / channels)[:, None]
+        projection = (tl.sum(g * normalized, axis=1) / channels)[:, None]
+        dx = rstd * (g - g_mean - normalized * projection)
+        if dtotal_ptr is not None:
+            dx += tl.load(dtotal_ptr + row[:, None] * stride_dtotal_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx_ptr + row[:, None] * channels + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        if dscale_ptr is not None:
+            branch = tl.load(branch_ptr + row[:, None] * stride_branch_row + column[None, :], mask=mask, other=0.0)
+            dscale += tl.where(mask, dx, 0.0) * branch.to(tl.float32)
+        if dbranch_ptr is not None:
+            if scale_ptr is not None:
+                dx *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            tl.store(dbranch_ptr + row[:, None] * channels + column[None, :], dx.to(dbranch_ptr.dtype.element_ty), mask=mask)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + program * channels + column, tl.sum(dweight, axis=0), mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + program * channels + column, tl.sum(dbias, axis=0), mask=inside)
+    if dscale_ptr is not None:
+        tl.store(dscale_ptr + program * channels + column, tl.sum(dscale, axis=0), mask=inside)
+
+
+def launch_layer_norm_forward(
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    y: torch.Tensor,
+    total: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+) -> None:
+    """Fills y, total, mean and rstd. Matrices are [rows, channels] with last stride 1; y and total are contiguous."""
+    rows, channels = x.shape
+    row = config("layer_norm_forward", target_of(x), channels=channels)
+    launch(
+        "layer_norm_forward",
+        _layer_norm_forward,
+        (triton.cdiv(rows, row["BLOCK_ROWS"]),),
+        x,
+        row,
+        x_ptr=x,
+        branch_ptr=branch,
+        scale_ptr=scale,
+        weight_ptr=weight,
+        bias_ptr=bias,
+        y_ptr=y,
+        total_ptr=total,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        rows=rows,
+        channels=channels,
+        stride_x_row=x.stride(0),
+        stride_branch_row=0 if branch is None else branch.stride(0),
+        eps=eps,
+        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+    )
+
+
+def backward_programs(x: torch.Tensor) -> int:
+    """How many partial sums the backward pass leaves for each weight gradient."""
+    rows, channels = x.shape
+    row = config("layer_norm_backward", target_of(x), channels=channels)
+    return min(triton.cdiv(rows, row["BLOCK_ROWS"]), row["PROGRAMS"])
+
+
+def launch_layer_norm_backward(
+    dy: torch.Tensor,
+    dtotal: torch.Tensor | None,
+    x: torch.Tensor,
+    branch: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    dx: torch.Tensor,
+    dbranch: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    dscale: torch.Tensor | None,
+) -> None:
+    """Fills dx, dbranch, and the partial sums dweight, dbias, dscale [``backward_programs(x)``, channels] float32."""
+    rows, channels = x.shape
+    row = config("layer_norm_backward", target_of(x), channels=channels)
+    programs = backward_programs(x)
+    launch(
+        "layer_norm_backward",
+        _layer_norm_backward,
+        (programs,),
+        x,
+        row,
+        dy_ptr=dy,
+        dtotal_ptr=dtotal,
+        x_ptr=x,
+        branch_ptr=branch,
+        scale_ptr=scale,
+        weight_ptr=weight,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        dx_ptr=dx,
+        dbranch_ptr=dbranch,
+        dweight_ptr=dweight,
+        dbias_ptr=dbias,
+        dscale_ptr=dscale,
+        rows=rows,
+        channels=channels,
+        rows_per_program=triton.cdiv(rows, max(programs, 1)),
+        stride_dy_row=dy.stride(0),
+        stride_dtotal_row=0 if dtotal is None else dtotal.stride(0),
+        stride_x_row=x.stride(0),
+        stride_branch_row=0 if branch is None else branch.stride(0),
+        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+    )
