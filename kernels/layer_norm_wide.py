@@ -1,8 +1,8 @@
 """Layer norm of rows too wide for registers (more than ``layer_norm.MAX_CHANNELS`` channels), forward and backward.
 
 The equations and shapes of ``layer_norm``, walked in column blocks: statistics in one pass (blocks merged by Chan, Golub &
-LeVeque 1979), results in a second, so each row is read twice. Weight gradients get a kernel of their own over (strip of rows, column
-block), their partial sums added up by ``reduce``. Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
+LeVeque 1979), results in a second, so each row is read twice. Weight gradients get a kernel of their own over (strip of
+rows, column block), their partial sums added up by ``reduce``. Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
 """
 
 import torch

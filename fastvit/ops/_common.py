@@ -22,7 +22,7 @@ class Operator(torch.autograd.Function):
     """Base of the operators' Functions: composes with ``torch.func.grad``, refuses ``vmap`` in one sentence."""
 
     @staticmethod
-    def vmap(info, in_dims, *args):  # noqa: ARG004
+    def vmap(info, in_dims, *args):
         raise RuntimeError(
             "fastvit's Triton operators do not support torch.func.vmap; put the mapped dimension into the batch dimension,"
             " or use the PyTorch backend: with fastvit.use_backend('torch')"
@@ -36,7 +36,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., C) → (rows, C) with last stride 1; a view wherever the strides allow one."""
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 and rows.is_contiguous() else rows.contiguous()
+    return rows if rows.stride(-1) == 1 or (rows.shape[-1] == 1 and rows.is_contiguous()) else rows.contiguous()
 
 
 def with_unit_stride(tensor: Tensor) -> Tensor:

@@ -1,1 +1,234 @@
-"""Placeholder until the Triton operators land in this file."""
+"""Linear and MLP on the Triton kernels: raw operators, shape functions and autograd Functions.
+
+What backward keeps: linear keeps its input and, with an activation, the value before it; mlp keeps its input and the hidden
+value before the activation, and recomputes the hidden layer in the epilogue of the product that needs it anyway.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._common import Operator, contiguous, define, wants_grad
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    """(..., K) → (rows, K), a view wherever the strides allow one; either stride may be 1."""
+    matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, **epilogue) -> Tensor:
+    """a [M, K] · b [N, K]ᵀ + bias → [M, N]."""
+    from ..kernels import linear as kernel
+
+    out = a.new_empty(a.shape[0], b.shape[0])
+    kernel.launch_linear(a, b, contiguous(bias), out, **epilogue)
+    return out
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dyᵀ · x: [rows, N], [rows, K] → [N, K]; zeros for no rows."""
+    if dy.shape[0] == 0:
+        return dy.new_zeros(dy.shape[1], x.shape[1])
+    return _product(dy.t(), x.t())
+
+
+def _column_sum(x: Tensor) -> Tensor:
+    """x.sum(0) in two fixed stages, in x's dtype."""
+    from ..kernels import reduce
+
+    if x.shape[0] == 0:
+        return x.new_zeros(x.shape[1])
+    x = x if x.stride(1) == 1 else x.contiguous()
+    partial = x.new_empty(reduce.strips_for(x.shape[0], x), x.shape[1], dtype=torch.float32)
+    out = x.new_empty(1, x.shape[1])
+    reduce.launch_column_sum(x, partial)
+    reduce.launch_column_sum(partial, out)
+    return out[0]
+
+
+def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
+    from ..kernels import linear as kernel
+
+    dpre = pre.new_empty(pre.shape)
+    kernel.launch_activation_backward(dy.contiguous(), pre, dpre, activation)
+    return dpre
+
+
+# --- linear -------------------------------------------------------------------------------------------------------------
+
+
+def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save: bool):
+    """Returns (out, pre); pre is empty unless ``save`` and there is an activation."""
+    x, w = _matrix(input), _matrix(weight)
+    shape = (*input.shape[:-1], weight.shape[0])
+    pre = input.new_empty(shape if save and activation else 0)
+    out = _product(x, w, bias, activation=activation, pre=pre.view(-1, shape[-1]) if save and activation else None)
+    return out.view(shape), pre
+
+
+def linear_backward(
+    grad: Tensor, input: Tensor, weight: Tensor, pre: Tensor, activation: str | None, has_bias: bool, wants: list[bool]
+):
+    """Returns (dinput, dweight, dbias), each empty where ``wants`` says so."""
+    dy, x, w = _matrix(grad), _matrix(input), _matrix(weight)
+    if activation:
+        dy = _activation_gradient(dy, pre.view(dy.shape), activation)
+    dinput = _product(dy, w.t()).view(input.shape) if wants[0] else input.new_empty(0)
+    dweight = _weight_gradient(dy, x) if wants[1] else input.new_empty(0)
+    dbias = _column_sum(dy) if wants[2] and has_bias else input.new_empty(0)
+    return dinput, dweight, dbias
+
+
+def _fake_linear_forward(input, weight, bias, activation, save):
+    shape = (*input.shape[:-1], weight.shape[0])
+    return input.new_empty(shape), input.new_empty(shape if save and activation else 0)
+
+
+def _fake_linear_backward(grad, input, weight, pre, activation, has_bias, wants):
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    wants = (wants[0], wants[1], wants[2] and has_bias)
+    return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wants, strict=True))
+
+
+define(
+    "linear_forward(Tensor input, Tensor weight, Tensor? bias, str? activation, bool save) -> (Tensor, Tensor)",
+    linear_forward,
+    _fake_linear_forward,
+)
+define(
+    "linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor pre, str? activation, bool has_bias, bool[] wants)"
+    " -> (Tensor, Tensor, Tensor)",
+    linear_backward,
+    _fake_linear_backward,
+)
+
+
+class Linear(Operator):
+    """(input, weight, bias, activation) → (out, pre); pre carries no gradient."""
+
+    @staticmethod
+    def forward(input, weight, bias, activation):
+        return torch.ops.fastvit.linear_forward(input, weight, bias, activation, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, weight, bias, ctx.activation = inputs
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _pre):
+        input, weight, pre = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.fastvit.linear_backward(grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
+        return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if wants_grad(input, weight, bias):
+        return Linear.apply(input, weight, bias, activation)[0]
+    return torch.ops.fastvit.linear_forward(input, weight, bias, activation, False)[0]
+
+
+# --- mlp ----------------------------------------------------------------------------------------------------------------
+
+
+def mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation: str | None, save: bool):
+    """Returns (out, pre): pre (..., hidden) before the activation, empty unless ``save``."""
+    hidden, pre = linear_forward(input, fc1_weight, fc1_bias, activation, save)
+    if save and activation is None:
+        pre = hidden
+    out, _ = linear_forward(hidden, fc2_weight, fc2_bias, None, False)
+    return out, pre
+
+
+def mlp_backward(
+    grad: Tensor,
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    pre: Tensor,
+    activation: str | None,
+    has_fc1_bias: bool,
+    has_fc2_bias: bool,
+    wants: list[bool],
+):
+    """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each empty where ``wants`` says so."""
+    dy, x, w1, w2 = _matrix(grad), _matrix(input), _matrix(fc1_weight), _matrix(fc2_weight)
+    pre = pre.view(-1, w1.shape[0])
+    empty = input.new_empty(0)
+    hidden = None
+    if wants[3]:
+        hidden = pre if activation is None else pre.new_empty(pre.shape)
+    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else empty
+    dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
+    dfc2_weight = empty if hidden is None else _weight_gradient(dy, hidden)
+    del hidden
+    dinput = _product(dpre, w1.t()).view(input.shape) if wants[0] else input.new_empty(0)
+    dfc1_weight = _weight_gradient(dpre, x) if wants[1] else input.new_empty(0)
+    dfc1_bias = _column_sum(dpre) if wants[2] and has_fc1_bias else input.new_empty(0)
+    return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
+
+
+def _fake_mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save):
+    lead = input.shape[:-1]
+    return input.new_empty(*lead, fc2_weight.shape[0]), input.new_empty((*lead, fc1_weight.shape[0]) if save else 0)
+
+
+def _fake_mlp_backward(grad, input, fc1_weight, fc2_weight, pre, activation, has_fc1_bias, has_fc2_bias, wants):
+    shapes = (input.shape, fc1_weight.shape, fc1_weight.shape[:1], fc2_weight.shape, fc2_weight.shape[:1])
+    wants = (wants[0], wants[1], wants[2] and has_fc1_bias, wants[3], wants[4] and has_fc2_bias)
+    return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wants, strict=True))
+
+
+define(
+    "mlp_forward(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str? activation,"
+    " bool save) -> (Tensor, Tensor)",
+    mlp_forward,
+    _fake_mlp_forward,
+)
+define(
+    "mlp_backward(Tensor grad, Tensor input, Tensor fc1_weight, Tensor fc2_weight, Tensor pre, str? activation,"
+    " bool has_fc1_bias, bool has_fc2_bias, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    mlp_backward,
+    _fake_mlp_backward,
+)
+
+
+class MLP(Operator):
+    """(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation) → (out, pre); pre carries no gradient."""
+
+    @staticmethod
+    def forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
+        return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation = inputs
+        ctx.has_bias = fc1_bias is not None, fc2_bias is not None
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(input, fc1_weight, fc2_weight, output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _pre):
+        input, fc1_weight, fc2_weight, pre = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[:5])
+        grads = torch.ops.fastvit.mlp_backward(grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants)
+        return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
+
+
+def mlp(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    if wants_grad(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+        return MLP.apply(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)[0]
+    return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, False)[0]

@@ -1,0 +1,178 @@
+"""Matrix product with everything that belongs beside it in the epilogue.
+
+    out = epilogue(A · Bᵀ + bias)
+    forward   activate(·), and optionally the value before activation (pre), which backward needs
+    backward  (A · Bᵀ) · activate'(pre), and optionally activate(pre) recomputed beside it: with A = dout and B = W2ᵀ that is
+              an MLP's hidden gradient and its hidden layer in one pass, so that only ``pre`` has to be kept
+
+Shapes: A [M, K], B [N, K], out and pre [M, N], bias [N]; strides are free, so a transposed operand is only a swap of strides
+(dx = dy · W, dW = dyᵀ · x). float16, bfloat16 and float32, summed in float32; float32 products are exact (no TF32)
+unless PyTorch itself allows TF32. Programs walk the output in groups of GROUP_M rows of tiles so that B stays in L2.
+Reference: ``fastvit.reference.linear``, ``mlp``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch, target_of
+from ._math import activate, activation_derivative
+from ._tuning import config
+
+
+@triton.jit
+def _linear(
+    a_ptr,  # [M, K]
+    b_ptr,  # [N, K]
+    bias_ptr,  # [N] or None
+    pre_ptr,  # [M, N] or None: written in forward, read in backward
+    out_ptr,  # [M, N]
+    hidden_ptr,  # [M, N] or None: activate(pre), backward only
+    M,
+    N,
+    K,
+    stride_a_m,
+    stride_a_k,
+    stride_b_n,
+    stride_b_k,
+    stride_pre_m,
+    stride_out_m,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EXACT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + (program % (GROUP_M * tiles_n)) % group_rows
+    tile_n = (program % (GROUP_M * tiles_n)) // group_rows
+
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored.
+    a_row = tl.minimum(m, M - 1)
+    b_row = tl.minimum(n, N - 1)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :] * stride_a_k
+    b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
+    step_a = tl.full([], BLOCK_K, tl.int64) * stride_a_k
+    step_b = tl.full([], BLOCK_K, tl.int64) * stride_b_k
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        a_ptrs += step_a
+        b_ptrs += step_b
+
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    pre_ptrs = pre_ptr + m[:, None] * stride_pre_m + n[None, :] if pre_ptr is not None else None
+    if BACKWARD:
+        pre = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if hidden_ptr is not None:
+            hidden = activate(pre, ACTIVATION, EXACT)
+            tl.store(hidden_ptr + m[:, None] * N + n[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+        acc *= activation_derivative(pre, ACTIVATION, EXACT)
+    else:
+        if pre_ptr is not None:
+            rounded = acc.to(pre_ptr.dtype.element_ty)
+            tl.store(pre_ptrs, rounded, mask=inside)
+        acc = activate(acc, ACTIVATION, EXACT)
+    tl.store(out_ptr + m[:, None] * stride_out_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _activation_backward(
+    dy_ptr,  # [size]
+    pre_ptr,  # [size]
+    dpre_ptr,  # [size]
+    size,
+    ACTIVATION: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    pre = tl.load(pre_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + index, mask=inside, other=0.0).to(tl.float32)
+    dpre = dy * activation_derivative(pre, ACTIVATION, EXACT)
+    tl.store(dpre_ptr + index, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Exact float32 products unless the user has allowed PyTorch's own matrix products to use TF32."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def launch_linear(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    pre: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+    activation: str | None = None,
+    backward: bool = False,
+) -> None:
+    """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1."""
+    (m, k), n = a.shape, b.shape[0]
+    row = config("linear", target_of(a), element_size=a.element_size(), rows=m)
+    launch(
+        "linear",
+        _linear,
+        (triton.cdiv(m, row["BLOCK_M"]) * triton.cdiv(n, row["BLOCK_N"]),),
+        a,
+        row,
+        a_ptr=a,
+        b_ptr=b,
+        bias_ptr=bias,
+        pre_ptr=pre,
+        out_ptr=out,
+        hidden_ptr=hidden,
+        M=m,
+        N=n,
+        K=k,
+        stride_a_m=a.stride(0),
+        stride_a_k=a.stride(1),
+        stride_b_n=b.stride(0),
+        stride_b_k=b.stride(1),
+        stride_pre_m=0 if pre is None else pre.stride(0),
+        stride_out_m=out.stride(0),
+        ACTIVATION=activation or "none",
+        BACKWARD=backward,
+        EVEN_K=k % row["BLOCK_K"] == 0,
+        EXACT=a.dtype == torch.float32,
+        INPUT_PRECISION=input_precision(a.dtype),
+    )
+
+
+def launch_activation_backward(dy: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, activation: str) -> None:
+    """dpre = dy · activate'(pre), all contiguous and of one shape."""
+    row = config("activation_backward", target_of(dy))
+    launch(
+        "activation_backward",
+        _activation_backward,
+        (triton.cdiv(dy.numel(), row["BLOCK"]),),
+        dy,
+        row,
+        dy_ptr=dy,
+        pre_ptr=pre,
+        dpre_ptr=dpre,
+        size=dy.numel(),
+        ACTIVATION=activation,
+        EXACT=dy.dtype == torch.float32,
+    )
