@@ -83,7 +83,7 @@ def _make_masked_loads_honest() -> None:
     handle = interpreter.TensorHandle
 
     def poison(dtype: np.dtype):
-        if dtype == bool:
+        if dtype.kind == "b":
             return True
         return np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
 
