@@ -1,0 +1,217 @@
+"""linear and mlp against float64, on both backends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastvit
+from fastvit import functional, reference
+from tests.errors import DTYPES, assert_as_exact_as_eager, run
+from tests.layouts import LAYOUTS, lay_out
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+ACTIVATIONS = ["gelu", "gelu_tanh", "quick_gelu", "relu", None]
+
+
+def _activate(x, activation):
+    if activation in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return reference.activate(x, activation)
+
+
+def _eager(input, weight, bias=None, *, activation=None):
+    return _activate(F.linear(input, weight, bias), activation)
+
+
+def _eager_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"):
+    return F.linear(_activate(F.linear(input, fc1_weight, fc1_bias), activation), fc2_weight, fc2_bias)
+
+
+def _arguments(m, n, k, dtype, device, bias=True, lead=()):
+    arguments = {"input": torch.randn(*lead, m, k), "weight": torch.randn(n, k) * k**-0.5}
+    if bias:
+        arguments["bias"] = torch.randn(n)
+    return {name: value.to(dtype).to(device) for name, value in arguments.items()}
+
+
+def _mlp_arguments(shape, hidden, out, dtype, device):
+    tensors = {
+        "input": torch.randn(shape),
+        "fc1_weight": torch.randn(hidden, shape[-1]) * shape[-1] ** -0.5,
+        "fc1_bias": torch.randn(hidden),
+        "fc2_weight": torch.randn(out, hidden) * hidden**-0.5,
+        "fc2_bias": torch.randn(out),
+    }
+    return {name: value.to(dtype).to(device) for name, value in tensors.items()}
+
+
+def _check(arguments, activation=None):
+    return assert_as_exact_as_eager(functional.linear, _eager, reference.linear, arguments | {"activation": activation})
+
+
+def _check_mlp(arguments, activation="gelu"):
+    return assert_as_exact_as_eager(functional.mlp, _eager_mlp, reference.mlp, arguments | {"activation": activation})
+
+
+# Every dimension at, below and above a tile's edge, and prime.
+SHAPES = [(1, 1, 1), (1, 64, 64), (17, 63, 65), (64, 1, 17), (65, 130, 1), (3, 384, 48), (130, 96, 63), (70, 16, 384)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids="M{0[0]} N{0[1]} K{0[2]}".format)
+def test_shapes(backend, device, dtype, shape):
+    _check(_arguments(*shape, dtype, device))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_activations(backend, device, dtype, activation, bias):
+    _check(_arguments(33, 40, 48, dtype, device, bias=bias), activation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
+def test_activations_from_end_to_end(backend, device, dtype, activation):
+    """Every value an activation can meet, far tails included, forward and derivative: a weight of 1 hands it through."""
+    x = torch.cat([torch.linspace(-12, 12, 509), torch.tensor([-1e4, -100.0, 0.0, 100.0, 1e4])])
+    arguments = {"input": x[:, None].to(dtype).to(device), "weight": torch.ones(1, 1, dtype=dtype, device=device)}
+    comparisons = assert_as_exact_as_eager(
+        lambda **named: functional.linear(**named, activation=activation)[:509],
+        lambda **named: _eager(**named, activation=activation)[:509],
+        lambda **named: reference.linear(**named, activation=activation)[:509],
+        {name: value if name == "weight" else value[:509] for name, value in arguments.items()},
+    )
+    assert comparisons
+    ends = run(functional.linear, arguments | {"activation": activation})
+    assert ends["output"][509:, 0].tolist() == pytest.approx([0, 0, 0, 100, float(torch.tensor(1e4).to(dtype))], abs=1e-6)
+    slope = ends["gradient of input"][509:, 0]
+    assert slope.isfinite().all()
+    assert not slope[:2].any()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu"])
+def test_float32_activations_are_exact(backend, device, activation):
+    """The fitted GELU of half-precision outputs must not leak into float32, where its 3e-5 would show."""
+    x = torch.linspace(-8, 8, 257, device=device)[:, None]
+    weight = torch.ones(1, 1, device=device)
+    ours = functional.linear(x, weight, activation=activation)
+    exact = reference.linear(x.double(), weight.double(), activation=activation)
+    torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (0,), (2, 0), ()], ids=str)
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_batch_dimensions(backend, device, lead, activation):
+    arguments = _arguments(5, 24, 16, torch.float32, device, lead=lead)
+    if lead == ():
+        arguments["input"] = arguments["input"][0]  # a vector
+    _check(arguments, activation)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("weight_layout", LAYOUTS)
+def test_layouts(backend, device, layout, weight_layout):
+    arguments = _arguments(7, 20, 24, torch.bfloat16, device, lead=(2,))
+    arguments["input"] = lay_out(arguments["input"], layout)
+    arguments["weight"] = lay_out(arguments["weight"], weight_layout)
+    arguments["bias"] = lay_out(arguments["bias"], "gaps")
+    _check(arguments, "gelu")
+
+
+def test_an_upstream_gradient_of_any_layout(backend, device):
+    arguments = _arguments(5, 24, 16, torch.float32, device, lead=(3,))
+
+    def consumer(op):
+        def function(**named):
+            out = op(**named, activation="gelu")
+            return out.transpose(0, 2).contiguous() * torch.arange(3.0, device=out.device), out.sum()
+
+        return function
+
+    assert_as_exact_as_eager(consumer(functional.linear), consumer(_eager), consumer(reference.linear), arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp(backend, device, dtype, activation):
+    _check_mlp(_mlp_arguments((2, 17, 24), 72, 24, dtype, device), activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("missing", [("fc1_bias",), ("fc2_bias",), ("fc1_bias", "fc2_bias")], ids=" and ".join)
+def test_mlp_without_biases(backend, device, dtype, missing):
+    arguments = _mlp_arguments((2, 5, 16), 40, 24, dtype, device)
+    _check_mlp(arguments | dict.fromkeys(missing))
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0), (2, 3, 2), ()], ids=str)
+def test_mlp_batch_dimensions(backend, device, lead):
+    _check_mlp(_mlp_arguments((*lead, 16), 40, 24, torch.float32, device))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mlp_layouts(backend, device, layout):
+    arguments = _mlp_arguments((2, 7, 16), 40, 24, torch.bfloat16, device)
+    _check_mlp({name: lay_out(value, "gaps" if value.dim() == 1 else layout) for name, value in arguments.items()})
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+@pytest.mark.parametrize("frozen", ["input", "weight", "bias", "all but the input"])
+def test_frozen_arguments(backend, device, op, frozen):
+    """What needs no gradient gets none, and the others' do not change (each skips a different product)."""
+    if op == "linear":
+        arguments, function = _arguments(9, 24, 16, torch.float32, device) | {"activation": "gelu"}, functional.linear
+    else:
+        arguments, function = _mlp_arguments((9, 16), 24, 16, torch.float32, device), functional.mlp
+    full = run(function, arguments)
+    leaves = {}
+    for name, value in arguments.items():
+        fixed = name != "input" if frozen == "all but the input" else name.endswith(frozen)
+        leaves[name] = value.detach().requires_grad_(not fixed) if isinstance(value, torch.Tensor) else value
+    out = function(**leaves)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+    out.backward(upstream.to(out))
+    for name, leaf in leaves.items():
+        if isinstance(leaf, torch.Tensor):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            if leaf.requires_grad:
+                torch.testing.assert_close(leaf.grad, full[f"gradient of {name}"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ["linear", "mlp"])
+def test_the_same_bits_twice(backend, device, op):
+    if op == "linear":
+        arguments, function = _arguments(130, 70, 48, torch.bfloat16, device) | {"activation": "gelu"}, functional.linear
+    else:
+        arguments, function = _mlp_arguments((130, 16), 70, 16, torch.bfloat16, device), functional.mlp
+    first, second = (run(function, arguments) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inference_gives_what_training_gives(backend, device):
+    """The two paths save different things; the result must not depend on which was taken."""
+    arguments = _mlp_arguments((9, 16), 24, 16, torch.bfloat16, device)
+    trained = run(functional.mlp, arguments)["output"]
+    with torch.no_grad():
+        assert torch.equal(functional.mlp(**arguments), trained)
+
+
+def test_inputs_are_left_alone(backend, device):
+    """The torch backend writes activations in place in inference: over its own tensors only."""
+    arguments = _mlp_arguments((9, 16), 24, 16, torch.float32, device)
+    copies = {name: value.clone() for name, value in arguments.items()}
+    with torch.no_grad():
+        for activation in ACTIVATIONS:
+            functional.mlp(**arguments, activation=activation)
+            functional.linear(arguments["input"], arguments["fc1_weight"], activation=activation)
+    assert all(torch.equal(arguments[name], copies[name]) for name in arguments)
+
+
+def test_float32_products_are_exact_unless_pytorch_allows_tf32(device):
+    """TF32 keeps 10 bits: a product of 1 + 2⁻¹² tells it from float32. The interpreter knows no TF32; a GPU does."""
+    x = torch.full((16, 64), 1 + 2.0**-12, device=device)
+    with fastvit.use_backend("triton"):
+        assert functional.linear(x, torch.eye(64, device=device)).eq(1 + 2.0**-12).all()
