@@ -5,8 +5,8 @@
 
 Shapes: x, y, dy, dx [images, tokens, channels], last stride 1; weight, bias [channels]; mean, rstd [images] float32, saved
 for the backward pass. An image is cut into strips of tokens: one pass leaves each strip's statistics, a second combines
-them (Chan, Golub & LeVeque 1979) and writes, so each tensor is read twice and written once. Weight gradients leave as partial
-sums [images · strips, channels]. Reference: ``fastvit.reference.layer_norm(statistics="image")``.
+them (Chan, Golub & LeVeque 1979) and writes, so each tensor is read twice and written once. Weight gradients leave as
+partial sums [images · strips, channels]. Reference: ``fastvit.reference.layer_norm(statistics="image")``.
 """
 
 import torch

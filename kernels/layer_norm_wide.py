@@ -2,7 +2,8 @@
 
 The equations and shapes of ``layer_norm``, walked in column blocks: statistics in one pass (blocks merged by Chan, Golub &
 LeVeque 1979), results in a second, so each row is read twice. Weight gradients get a kernel of their own over (strip of
-rows, column block), their partial sums added up by ``reduce``. Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
+rows, column block), their partial sums added up by ``reduce``.
+Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
 """
 
 import torch

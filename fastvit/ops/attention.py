@@ -1,1 +1,150 @@
-"""Placeholder until the Triton operators land in this file."""
+"""Attention on the Triton kernels: raw operators, shape functions and the autograd Function.
+
+Results lie in memory as (B, N, H, D) and are returned as (B, H, N, D) views, so that ``transpose(1, 2).flatten(2)`` costs
+nothing; inputs are read through their own strides, packed qkv included. Backward keeps q, k, v, the output and one float32
+a row (lse), never a score.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._common import Operator, contiguous, define, wants_grad, with_unit_stride
+
+
+def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
+    """(batch, heads, rows, dim), laid out (batch, rows, heads, dim)."""
+    return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
+
+
+def attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    is_causal: bool,
+    scale: float,
+):
+    """Returns (out, lse); attn_mask has four dimensions, each of full size or 1."""
+    from ..kernels import attention_forward as kernel
+
+    batch, heads, queries, _ = query.shape
+    out = _new_heads(query, batch, heads, queries, value.shape[3])
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    q, k, v = (with_unit_stride(t) for t in (query, key, value))
+    kernel.launch_attention_forward(q, k, v, attn_mask, contiguous(rel_h), contiguous(rel_w), is_causal, scale, out, lse)
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    wants_mask: bool,
+):
+    """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three empty where not wanted."""
+    from ..kernels import attention_backward_key, attention_backward_mask, attention_backward_query
+
+    batch, heads, queries, dim = query.shape
+    key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    q, k, v, dout = (with_unit_stride(t) for t in (query, key, value, grad))
+    rel_h, rel_w = contiguous(rel_h), contiguous(rel_w)
+    inputs = (q, k, v, attn_mask, rel_h, rel_w, is_causal, scale, dout)
+    dq = _new_heads(query, batch, heads, queries, dim)
+    dk = _new_heads(key, batch, key_heads, keys, dim)
+    dv = _new_heads(value, batch, key_heads, keys, value_dim)
+    delta = torch.empty_like(lse)
+    drel_h = drel_w = dmask = query.new_empty(0)
+    if batch * heads == 0:
+        likes = (attn_mask if wants_mask else None, rel_h, rel_w)
+        return dq, dk.zero_(), dv.zero_(), *(query.new_empty(0) if t is None else torch.zeros_like(t) for t in likes)
+    attention_backward_query.launch_delta(with_unit_stride(out), dout, delta)
+    if rel_h is None or rel_w is None:
+        attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, None, None)
+    else:
+        blocks = attention_backward_query.rel_blocks(q, v, rel_w)
+        rows = rel_h.new_empty(*rel_h.shape, blocks, dtype=torch.float32)
+        drel_w = rel_w.new_empty(rel_w.shape)
+        attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, rows, drel_w)
+        drel_h = rows.sum(-1).to(rel_h.dtype)
+    attention_backward_key.launch_attention_backward_key(*inputs, lse, delta, dk, dv)
+    if wants_mask and attn_mask is not None:
+        dmask = attn_mask.new_empty(attn_mask.shape)
+        attention_backward_mask.launch_attention_backward_mask(*inputs, lse, delta, dmask)
+    return dq, dk, dv, dmask, drel_h, drel_w
+
+
+def _fake_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale):
+    batch, heads, queries, _ = query.shape
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
+    return _new_heads(query, batch, heads, queries, value.shape[3]), lse
+
+
+def _fake_backward(grad, query, key, value, attn_mask, rel_h, rel_w, out, lse, is_causal, scale, wants_mask):
+    heads = (_new_heads(t, *t.shape) for t in (query, key, value))
+    others = (attn_mask if wants_mask else None, rel_h, rel_w)
+    return *heads, *(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in others)
+
+
+define(
+    "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? rel_h, Tensor? rel_w,"
+    " bool is_causal, float scale) -> (Tensor, Tensor)",
+    attention_forward,
+    _fake_forward,
+)
+define(
+    "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? rel_h, Tensor? rel_w,"
+    " Tensor out, Tensor lse, bool is_causal, float scale, bool wants_mask)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    attention_backward,
+    _fake_backward,
+)
+
+
+class Attention(Operator):
+    """(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale) → (out, lse); lse carries no gradient."""
+
+    @staticmethod
+    def forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale):
+        return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, attn_mask, rel_h, rel_w, ctx.is_causal, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(query, key, value, attn_mask, rel_h, rel_w, *output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _lse):
+        wants = ctx.needs_input_grad
+        saved = ctx.saved_tensors
+        grads = torch.ops.fastvit.attention_backward(grad, *saved, ctx.is_causal, ctx.scale, wants[3])
+        return *(g if want else None for g, want in zip(grads, wants[:6], strict=True)), None, None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+) -> Tensor:
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    if wants_grad(query, key, value, attn_mask, rel_h, rel_w):
+        return Attention.apply(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]
+    return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]

@@ -1,0 +1,110 @@
+"""What the attention kernels share: head dimensions in two pieces, tile loads, and scores with every kind of bias.
+
+A head dim that is not a power of two is cut into MAIN + TAIL where that is cheaper than padding (80 = 64 + 16, 96 = 64 + 32);
+two dots of those widths then replace one. Scores are kept in units of log2, the scale folded in, except under an
+additive mask: its values may be finfo.min, which a factor of log2(e) would turn into −inf, so those stay natural.
+"""
+
+import triton
+import triton.language as tl
+
+MIN_DOT = 16  # the narrowest operand of tl.dot
+
+
+def split_head_dim(dim: int) -> tuple[int, int]:
+    """(MAIN, TAIL): powers of two, at least 16 each, that hold ``dim``; TAIL is 0 where one piece is as cheap."""
+    whole = max(MIN_DOT, triton.next_power_of_2(dim))
+    main = whole // 2
+    if dim <= main or main < MIN_DOT:
+        return whole, 0
+    tail = max(MIN_DOT, triton.next_power_of_2(dim - main))
+    return (main, tail) if tail < main else (whole, 0)
+
+
+@triton.jit
+def load_tile(ptr, row, row_end, stride_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, BOUNDED: tl.constexpr):
+    """Columns FIRST … FIRST + WIDTH of the rows ``row`` (int64); zeros beyond DIM and, if BOUNDED, from ``row_end`` on."""
+    column = FIRST + tl.arange(0, WIDTH)
+    ptrs = ptr + row[:, None] * stride_row + column[None, :]
+    if FIRST + WIDTH > DIM:
+        mask = (column < DIM)[None, :]
+        if BOUNDED:
+            mask = mask & (row < row_end)[:, None]
+        return tl.load(ptrs, mask=mask, other=0.0)
+    elif BOUNDED:
+        return tl.load(ptrs, mask=(row < row_end)[:, None], other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def store_tile(ptr, tile, row, row_end, stride_row, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr):
+    """Stores ``tile`` to the same place, in the pointer's dtype."""
+    column = FIRST + tl.arange(0, WIDTH)
+    mask = (row < row_end)[:, None] & (column < DIM)[None, :]
+    tl.store(ptr + row[:, None] * stride_row + column[None, :], tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def biased_scores(
+    products,  # q·k, any orientation
+    rel,  # rel_h + rel_w in the units of the scores, broadcastable; read only if HAS_REL
+    row,  # query indices, broadcastable to the products
+    column,  # key indices, broadcastable to the products
+    queries,
+    key_end,  # keys from here on do not exist
+    scale,
+    mask_ptr,
+    stride_mask_row,
+    stride_mask_column,
+    MASK: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """scale·q·k + bias, −inf where nothing is attended to; in log2 units unless MASK is "additive"."""
+    if MASK == "additive":
+        scores = products * scale
+    else:
+        scores = products * (scale * 1.4426950408889634)
+    if HAS_REL:
+        scores += rel
+    if MASK != "none":
+        offsets = row * stride_mask_row + column * stride_mask_column
+        exists = (row < queries) & (column < key_end)
+        if MASK == "additive":
+            scores += tl.load(mask_ptr + offsets, mask=exists, other=float("-inf")).to(tl.float32)
+        else:
+            scores = tl.where(tl.load(mask_ptr + offsets, mask=exists, other=0) != 0, scores, float("-inf"))
+    if CAUSAL:
+        scores = tl.where(column <= row, scores, float("-inf"))
+    if BOUNDED:
+        scores = tl.where(column < key_end, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def power(scores, MASK: tl.constexpr):
+    """e to the scores, whichever units they are in."""
+    if MASK == "additive":
+        return tl.exp2(scores * 1.4426950408889634)
+    else:
+        return tl.exp2(scores)
+
+
+@triton.jit
+def gather_rel(
+    rel_h_ptr,  # [B, H, N, Kh]
+    rel_w_ptr,  # [B, H, N, Kw]
+    query,  # (batch · H + head) · N + query index, broadcastable to the scores
+    column,  # key indices, broadcastable to the scores
+    key_rows,
+    key_columns,
+    exists,
+    MASK: tl.constexpr,
+):
+    """rel_h[n, m // Kw] + rel_w[n, m % Kw] for any tile of scores, in their units."""
+    unit = 1.0 if MASK == "additive" else 1.4426950408889634
+    height = tl.load(rel_h_ptr + query * key_rows + column // key_columns, mask=exists, other=0.0).to(tl.float32)
+    width = tl.load(rel_w_ptr + query * key_columns + column % key_columns, mask=exists, other=0.0).to(tl.float32)
+    return (height + width) * unit

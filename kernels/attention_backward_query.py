@@ -1,0 +1,370 @@
+"""Attention, backward for the queries and the relative positions (Dao 2023, FlashAttention-2, algorithm 2, its dQ half).
+
+    delta = Σ_d out·dout       P = e^(S − lse)       dS = P ∘ (dout·Vᵀ − delta)       dQ = scale · dS·K
+    drel_h[n, y] = Σ_x dS[n, y·Kw + x]               drel_w[n, x] = Σ_y dS[n, y·Kw + x]
+
+One program holds a block of queries and walks the keys, so every sum has one owner and one order: no atomics. Under relative
+positions it walks one key row at a time; drel_w stays in registers, drel_h is stored a row at a time (in as many columns as
+a key row has blocks, added up by the caller). Shapes as in ``attention_forward``; delta [B, H, N] float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._attention import biased_scores, load_tile, power, store_tile
+from ._launch import launch, target_of
+from ._tuning import config
+from .attention_forward import common_arguments, row_for
+
+
+@triton.jit
+def _delta(
+    out_ptr,  # [B, H, N, Dv]
+    dout_ptr,  # [B, H, N, Dv]
+    delta_ptr,  # [B, H, N]
+    heads,
+    queries,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
+    stride_dout_batch,
+    stride_dout_head,
+    stride_dout_row,
+    VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    tiles = tl.cdiv(queries, BLOCK_M)
+    row = ((tl.program_id(0) % tiles) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    out_ptr += batch * stride_out_batch + head * stride_out_head
+    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    out = load_tile(out_ptr, row, queries, stride_out_row, 0, WIDTH, VALUE_DIM, True).to(tl.float32)
+    dout = load_tile(dout_ptr, row, queries, stride_dout_row, 0, WIDTH, VALUE_DIM, True).to(tl.float32)
+    tl.store(delta_ptr + batch_head * queries + row, tl.sum(out * dout, axis=1), mask=row < queries)
+
+
+@triton.jit
+def _query_step(
+    dq,  # [BLOCK_M, MAIN]
+    dq_tail,  # [BLOCK_M, TAIL or 16]
+    q,
+    q_tail,
+    dout,  # [BLOCK_M, VALUE_MAIN]
+    dout_tail,  # [BLOCK_M, VALUE_TAIL] or dout
+    lse,  # [BLOCK_M]
+    delta,  # [BLOCK_M]
+    k_ptr,
+    v_ptr,
+    mask_ptr,
+    rel,
+    row,
+    start,
+    key_end,
+    queries,
+    stride_k_row,
+    stride_v_row,
+    stride_mask_row,
+    stride_mask_column,
+    scale,
+    MASK: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """One block of keys: (dq, dq_tail) with its share added, and its dS."""
+    column = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    k = load_tile(k_ptr, column, key_end, stride_k_row, 0, MAIN, DIM, BOUNDED)
+    products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+    k_tail = k
+    if TAIL > 0:
+        k_tail = load_tile(k_ptr, column, key_end, stride_k_row, MAIN, TAIL, DIM, BOUNDED)
+        products = tl.dot(q_tail, tl.trans(k_tail), products, input_precision=INPUT_PRECISION)
+    scores = biased_scores(
+        products,
+        rel,
+        row[:, None],
+        column[None, :],
+        queries,
+        key_end,
+        scale,
+        mask_ptr,
+        stride_mask_row,
+        stride_mask_column,
+        MASK,
+        HAS_REL,
+        CAUSAL,
+        BOUNDED,
+    )
+    weights = power(scores - lse[:, None], MASK)
+    v = load_tile(v_ptr, column, key_end, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
+    dweights = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
+    if VALUE_TAIL > 0:
+        v_tail = load_tile(v_ptr, column, key_end, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
+        dweights = tl.dot(dout_tail, tl.trans(v_tail), dweights, input_precision=INPUT_PRECISION)
+    dscores = weights * (dweights - delta[:, None])
+    rounded = dscores.to(k.dtype)
+    dq = tl.dot(rounded, k, dq, input_precision=INPUT_PRECISION)
+    if TAIL > 0:
+        dq_tail = tl.dot(rounded, k_tail, dq_tail, input_precision=INPUT_PRECISION)
+    return dq, dq_tail, dscores
+
+
+@triton.jit
+def _attention_backward_query(
+    q_ptr,  # [B, H, N, D]
+    k_ptr,  # [B, Hk, M, D]
+    v_ptr,  # [B, Hk, M, Dv]
+    mask_ptr,  # [1|B, 1|H, 1|N, 1|M] or None
+    rel_h_ptr,  # [B, H, N, Kh] or None
+    rel_w_ptr,  # [B, H, N, Kw] or None
+    dout_ptr,  # [B, H, N, Dv]
+    lse_ptr,  # [B, H, N]
+    delta_ptr,  # [B, H, N]
+    dq_ptr,  # [B, H, N, D]
+    drel_h_ptr,  # [B, H, N, Kh, blocks of a key row] or None
+    drel_w_ptr,  # [B, H, N, Kw] or None
+    heads,
+    groups,
+    queries,
+    keys,
+    key_rows,
+    key_columns,
+    stride_q_batch,
+    stride_q_head,
+    stride_q_row,
+    stride_k_batch,
+    stride_k_head,
+    stride_k_row,
+    stride_v_batch,
+    stride_v_head,
+    stride_v_row,
+    stride_mask_batch,
+    stride_mask_head,
+    stride_mask_row,
+    stride_mask_column,
+    stride_dout_batch,
+    stride_dout_head,
+    stride_dout_row,
+    stride_dq_batch,
+    stride_dq_head,
+    stride_dq_row,
+    scale,
+    MASK: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(queries, BLOCK_M)
+    first = (tl.program_id(0) % tiles) * BLOCK_M
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head = batch_head // heads, batch_head % heads
+    row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
+    inside = row < queries
+    q_ptr += batch * stride_q_batch + head * stride_q_head
+    k_ptr += batch * stride_k_batch + (head // groups) * stride_k_head
+    v_ptr += batch * stride_v_batch + (head // groups) * stride_v_head
+    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
+    dq_ptr += batch * stride_dq_batch + head * stride_dq_head
+    if MASK != "none":
+        mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+
+    q = load_tile(q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
+    q_tail = q
+    if TAIL > 0:
+        q_tail = load_tile(q_ptr, row, queries, stride_q_row, MAIN, TAIL, DIM, True)
+    dout = load_tile(dout_ptr, row, queries, stride_dout_row, 0, VALUE_MAIN, VALUE_DIM, True)
+    dout_tail = dout
+    if VALUE_TAIL > 0:
+        dout_tail = load_tile(dout_ptr, row, queries, stride_dout_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True)
+    lse = tl.load(lse_ptr + batch_head * queries + row, mask=inside, other=float("inf"))
+    delta = tl.load(delta_ptr + batch_head * queries + row, mask=inside, other=0.0)
+    dq = tl.zeros([BLOCK_M, MAIN], dtype=tl.float32)
+    dq_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)
+
+    if HAS_REL:
+        unit = 1.0 if MASK == "additive" else 1.4426950408889634
+        blocks = tl.cdiv(key_columns, BLOCK_N)
+        index = batch_head * queries + row
+        for left in range(0, key_columns, BLOCK_N):
+            place = left + tl.arange(0, BLOCK_N)
+            present = inside[:, None] & (place < key_columns)[None, :]
+            w_offset = index[:, None] * key_columns + place[None, :]
+            rel_w = tl.load(rel_w_ptr + w_offset, mask=present, other=0.0).to(tl.float32) * unit
+            drel_w = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            for key_row in range(0, key_rows):
+                rel_h = tl.load(rel_h_ptr + index * key_rows + key_row, mask=inside, other=0.0).to(tl.float32) * unit
+                dq, dq_tail, dscores = _query_step(
+                    dq,
+                    dq_tail,
+                    q,
+                    q_tail,
+                    dout,
+                    dout_tail,
+                    lse,
+                    delta,
+                    k_ptr,
+                    v_ptr,
+                    mask_ptr,
+                    rel_w + rel_h[:, None],
+                    row,
+                    key_row * key_columns + left,
+                    (key_row + 1) * key_columns,
+                    queries,
+                    stride_k_row,
+                    stride_v_row,
+                    stride_mask_row,
+                    stride_mask_column,
+                    scale,
+                    MASK,
+                    True,
+                    CAUSAL,
+                    True,
+                    DIM,
+                    MAIN,
+                    TAIL,
+                    VALUE_DIM,
+                    VALUE_MAIN,
+                    VALUE_TAIL,
+                    BLOCK_N,
+                    INPUT_PRECISION,
+                )
+                drel_w += dscores
+                h_offset = (index * key_rows + key_row) * blocks + left // BLOCK_N
+                tl.store(drel_h_ptr + h_offset, tl.sum(dscores, axis=1), mask=inside)
+            tl.store(drel_w_ptr + w_offset, drel_w.to(drel_w_ptr.dtype.element_ty), mask=present)
+    else:
+        end = keys
+        if CAUSAL:
+            end = tl.minimum(keys, first + BLOCK_M)
+        for start in range(0, end, BLOCK_N):
+            dq, dq_tail, _ = _query_step(
+                dq,
+                dq_tail,
+                q,
+                q_tail,
+                dout,
+                dout_tail,
+                lse,
+                delta,
+                k_ptr,
+                v_ptr,
+                mask_ptr,
+                lse,
+                row,
+                start,
+                keys,
+                queries,
+                stride_k_row,
+                stride_v_row,
+                stride_mask_row,
+                stride_mask_column,
+                scale,
+                MASK,
+                False,
+                CAUSAL,
+                True,
+                DIM,
+                MAIN,
+                TAIL,
+                VALUE_DIM,
+                VALUE_MAIN,
+                VALUE_TAIL,
+                BLOCK_N,
+                INPUT_PRECISION,
+            )
+    store_tile(dq_ptr, dq * scale, row, queries, stride_dq_row, 0, MAIN, DIM)
+    if TAIL > 0:
+        store_tile(dq_ptr, dq_tail * scale, row, queries, stride_dq_row, MAIN, TAIL, DIM)
+
+
+def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
+    """Fills delta [B, H, N]."""
+    row = config("attention_delta", target_of(out))
+    batch, heads, queries, value_dim = out.shape
+    strides = {
+        f"stride_{name}_{axis}": tensor.stride(dim)
+        for name, tensor in (("out", out), ("dout", dout))
+        for dim, axis in enumerate(("batch", "head", "row"))
+    }
+    launch(
+        "attention_delta",
+        _delta,
+        (batch * heads * triton.cdiv(queries, row["BLOCK_M"]),),
+        out,
+        row,
+        out_ptr=out,
+        dout_ptr=dout,
+        delta_ptr=delta,
+        heads=heads,
+        queries=queries,
+        VALUE_DIM=value_dim,
+        WIDTH=triton.next_power_of_2(value_dim),
+        **strides,
+    )
+
+
+def rel_blocks(q: torch.Tensor, v: torch.Tensor, rel_w: torch.Tensor) -> int:
+    """In how many blocks a row of keys is walked: the last dimension of drel_h."""
+    return triton.cdiv(rel_w.shape[3], row_for("attention_backward_query", q, v, rel_w)["BLOCK_N"])
+
+
+def launch_attention_backward_query(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    rel_h: torch.Tensor | None,
+    rel_w: torch.Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dq: torch.Tensor,
+    drel_h: torch.Tensor | None,
+    drel_w: torch.Tensor | None,
+) -> None:
+    """Fills dq, drel_h [B, H, N, Kh, ``rel_blocks``] float32 and drel_w [B, H, N, Kw]."""
+    row = row_for("attention_backward_query", q, v, rel_w)
+    launch(
+        "attention_backward_query",
+        _attention_backward_query,
+        (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], row["BLOCK_M"]),),
+        q,
+        row,
+        rel_h_ptr=rel_h,
+        rel_w_ptr=rel_w,
+        dout_ptr=dout,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dq_ptr=dq,
+        drel_h_ptr=drel_h,
+        drel_w_ptr=drel_w,
+        stride_dout_batch=dout.stride(0),
+        stride_dout_head=dout.stride(1),
+        stride_dout_row=dout.stride(2),
+        stride_dq_batch=dq.stride(0),
+        stride_dq_head=dq.stride(1),
+        stride_dq_row=dq.stride(2),
+        CAUSAL=is_causal,
+        **common_arguments(q, k, v, mask, rel_h, scale),
+    )
