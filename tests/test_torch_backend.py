@@ -1,0 +1,129 @@
+"""What the torch backend promises beyond the right numbers: exact derivatives, little memory, any floating-point dtype."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastvit
+from fastvit import functional, reference
+from fastvit.ops import torch_backend
+
+
+@pytest.fixture(autouse=True)
+def _torch_backend():
+    with fastvit.use_backend("torch"):
+        yield
+
+
+def _leaf(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("statistics", ["token", "image"])
+def test_layer_norm_gradcheck(statistics):
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: functional.layer_norm(x, w, b, statistics=statistics), (_leaf(2, 3, 5), _leaf(5), _leaf(5))
+    )
+
+
+def test_add_layer_norm_gradcheck():
+    inputs = (_leaf(2, 3, 5), _leaf(2, 3, 5), _leaf(5), _leaf(5), _leaf(5))
+    assert torch.autograd.gradcheck(lambda r, x, w, b, s: functional.add_layer_norm(r, x, w, b, layer_scale=s), inputs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", None])
+def test_mlp_gradcheck(activation):
+    inputs = (_leaf(2, 3, 4), _leaf(6, 4), _leaf(6), _leaf(5, 6), _leaf(5))
+    assert torch.autograd.gradcheck(lambda *tensors: functional.mlp(*tensors, activation=activation), inputs)
+
+
+def _attention_inputs(mask=False, rel=False):
+    inputs = {"query": _leaf(2, 4, 5, 3), "key": _leaf(2, 2, 6, 3), "value": _leaf(2, 2, 6, 4)}
+    if mask:
+        inputs["attn_mask"] = _leaf(4, 1, 6)
+    if rel:
+        inputs |= {"rel_h": _leaf(2, 4, 5, 2), "rel_w": _leaf(2, 4, 5, 3)}
+    return inputs
+
+
+@pytest.mark.parametrize("mask", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("rel", [False, True], ids=["no rel", "rel"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+def test_attention_gradcheck(mask, rel, is_causal):
+    inputs = _attention_inputs(mask, rel)
+
+    def function(*tensors):
+        return functional.attention(**dict(zip(inputs, tensors, strict=True)), is_causal=is_causal)
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operator, forward or backward, makes in memory of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.elements = max(self.elements, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+@pytest.mark.parametrize("case", ["plain", "rel", "rel and mask", "causal and mask"])
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
+def test_no_score_matrix_in_memory(case, backward):
+    """2304 queries by 2304 keys: no more than a block of query rows times the keys, forward or backward."""
+    grid, heads, dim = 48, 2, 8
+    tokens = grid * grid
+    q, k, v = (torch.randn(1, heads, tokens, dim, requires_grad=backward) for _ in range(3))
+    options = {}
+    if "rel" in case:
+        options |= {name: torch.randn(1, heads, tokens, grid, requires_grad=backward) for name in ("rel_h", "rel_w")}
+    if "mask" in case:
+        options["attn_mask"] = torch.rand(1, 1, 1, tokens) > 0.1
+    if "causal" in case:
+        options["is_causal"] = True
+    with _LargestTensor() as largest, torch.set_grad_enabled(backward):
+        out = functional.attention(q, k, v, **options)
+        if backward:
+            out.sum().backward()
+    assert largest.elements <= max(heads * torch_backend.BIAS_ROWS * tokens, torch_backend.ONEDNN_SCORES) < tokens**2
+
+
+def test_mlp_in_inference_keeps_one_hidden_layer():
+    """The activation is written over the hidden layer, which nothing else holds."""
+    hidden_layers = []
+
+    class _Hidden(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.dim() and out.shape[-1] == 96:
+                hidden_layers.append(out.untyped_storage().data_ptr())
+            return out
+
+    arguments = (torch.randn(5, 8), torch.randn(96, 8), torch.randn(96), torch.randn(8, 96), torch.randn(8))
+    with torch.no_grad(), _Hidden():
+        functional.mlp(*arguments)
+    assert len(set(hidden_layers) - {arguments[1].data_ptr(), arguments[3].data_ptr()}) == 1
+
+
+def test_float64_is_computed_in_float64():
+    q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
+    torch.testing.assert_close(functional.attention(q, k, v), reference.attention(q, k, v), rtol=1e-12, atol=1e-12)
+
+
+def test_the_triton_backend_refuses_float64_rather_than_losing_it():
+    q = torch.randn(1, 2, 9, 8, dtype=torch.float64)
+    with fastvit.use_backend("triton"), pytest.raises(ValueError, match="float64"):
+        functional.attention(q, q, q)
+
+
+def test_auto_serves_a_cpu_tensor_with_the_torch_backend():
+    """The interpreter is for tests: nobody's model may land in it by accident."""
+    with fastvit.use_backend("auto"):
+        assert fastvit.backend.resolve(torch.zeros(1)) == "torch"
