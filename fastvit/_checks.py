@@ -13,11 +13,11 @@ def _shape(tensor: Tensor) -> str:
     return str(tuple(tensor.shape))
 
 
-def check_tensors(like: str, **tensors: Tensor | None) -> None:
-    """Every tensor is a floating-point tensor on the device of the argument named ``like``."""
+def check_tensors(like: str, required: Sequence[str] = (), **tensors: Tensor | None) -> None:
+    """Every tensor is a floating-point tensor on the device of the one named ``like``; it and ``required`` are not None."""
     device = None
     for name, tensor in tensors.items():
-        if tensor is None:
+        if tensor is None and name != like and name not in required:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
@@ -75,9 +75,13 @@ def check_attention(
 ) -> None:
     mask_is_bool = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
     floats = None if mask_is_bool else attn_mask
-    check_tensors("query", query=query, key=key, value=value, attn_mask=floats, rel_h=rel_h, rel_w=rel_w)
+    required = ("key", "value")
+    check_tensors("query", required, query=query, key=key, value=value, attn_mask=floats, rel_h=rel_h, rel_w=rel_w)
     if mask_is_bool and attn_mask.device != query.device:  # type: ignore[union-attr]
-        raise ValueError(f"attn_mask is on {attn_mask.device} while query is on {query.device}; expected one device")  # type: ignore[union-attr]
+        raise ValueError(
+            f"attn_mask of shape {_shape(attn_mask)} is on {attn_mask.device} while query is on {query.device};"  # type: ignore[arg-type,union-attr]
+            " expected one device"
+        )
     check_same_dtype("query", query=query, key=key, value=value)
     check_rank("query", query, 4, "(batch, heads, queries, head_dim)")
     check_rank("key", key, 4, "(batch, key heads, keys, head_dim)")
@@ -113,25 +117,26 @@ def check_attention(
             )
 
 
-def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: str) -> None:
-    check_tensors("input", input=input, weight=weight, bias=bias)
-    check_affine("input", input=input, weight=weight, bias=bias)
+def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: str, name: str = "input") -> None:
+    tensors = {name: input, "weight": weight, "bias": bias}
+    check_tensors(name, (), **tensors)
+    check_affine(name, **tensors)
     if statistics not in ("token", "image"):
         raise ValueError(f"statistics is {statistics!r}; expected 'token' or 'image'")
     if statistics == "image":
         check_rank("input", input, 3, "(batch, tokens, channels) for statistics='image'")
     if input.dim() < 1 or input.shape[-1] == 0:
-        raise ValueError(f"input has shape {_shape(input)}; expected at least one channel in the last dimension")
+        raise ValueError(f"{name} has shape {_shape(input)}; expected at least one channel in the last dimension")
     channels = (input.shape[-1],)
-    check_shape("weight", weight, channels, f"input has shape {_shape(input)}")
-    check_shape("bias", bias, channels, f"input has shape {_shape(input)}")
+    check_shape("weight", weight, channels, f"{name} has shape {_shape(input)}")
+    check_shape("bias", bias, channels, f"{name} has shape {_shape(input)}")
 
 
 def check_add_layer_norm(
     residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, layer_scale: Tensor | None
 ) -> None:
-    check_tensors("residual", residual=residual, branch=branch, layer_scale=layer_scale)
-    check_layer_norm(residual, weight, bias, "token")
+    check_tensors("residual", ("branch",), residual=residual, branch=branch, layer_scale=layer_scale)
+    check_layer_norm(residual, weight, bias, "token", name="residual")
     if branch.dtype != residual.dtype and torch.float32 not in (branch.dtype, residual.dtype):
         raise TypeError(
             f"branch of shape {_shape(branch)} has dtype {branch.dtype} while residual has {residual.dtype};"
@@ -140,13 +145,16 @@ def check_add_layer_norm(
     check_shape("branch", branch, residual.shape, "the shape of residual")
     check_shape("layer_scale", layer_scale, (residual.shape[-1],), f"residual has shape {_shape(residual)}")
     if layer_scale is not None and layer_scale.dtype not in (residual.dtype, branch.dtype, torch.float32):
-        raise TypeError(f"layer_scale has dtype {layer_scale.dtype}; expected {residual.dtype} or torch.float32")
+        raise TypeError(
+            f"layer_scale of shape {_shape(layer_scale)} has dtype {layer_scale.dtype} while residual has {residual.dtype}"
+            f" and branch {branch.dtype}; expected one of theirs or torch.float32"
+        )
 
 
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, prefix: str = "") -> None:
     names = {"input": input, f"{prefix}weight": weight, f"{prefix}bias": bias}
     check_activation(activation)
-    check_tensors("input", **names)
+    check_tensors("input", (f"{prefix}weight",), **names)
     check_same_dtype("input", **names)
     check_rank(f"{prefix}weight", weight, 2, "(out features, in features)")
     if input.dim() < 1 or input.shape[-1] != weight.shape[1]:

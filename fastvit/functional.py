@@ -163,10 +163,12 @@ def mlp(
         input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     _checks.check_linear(input, fc1_weight, fc1_bias, activation, prefix="fc1_")
     names = {"input": input, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    _checks.check_tensors("input", **names)
+    _checks.check_tensors("input", ("fc2_weight",), **names)
     _checks.check_same_dtype("input", **names)
     _checks.check_rank("fc2_weight", fc2_weight, 2, "(out features, hidden features)")
     out_features = fc2_weight.shape[0]
+    if out_features == 0:
+        raise ValueError(f"fc2_weight has shape {tuple(fc2_weight.shape)}; expected at least one output feature")
     _checks.check_shape("fc2_weight", fc2_weight, (out_features, fc1_weight.shape[0]), "fc1_weight's outputs are its inputs")
     _checks.check_shape("fc2_bias", fc2_bias, (out_features,), "one value an output of fc2_weight")
     if resolve(input) == "triton":
