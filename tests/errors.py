@@ -15,6 +15,10 @@ from torch import Tensor
 # also pays for sums of some hundred terms in another order than eager's.
 FLOOR = {torch.float32: 8.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 
+# A result that cancels (a score's gradient where a row has one key, a mask's where it is one value a row) keeps the rounding
+# of the terms it is the difference of, however small it is. In units of float32's eps, times the size of those terms.
+CANCELLATION = 16.0
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -31,8 +35,11 @@ class Comparison:
         return f"{self.name}: {self.ours:.3g} from float64, allowed {self.allowed:.3g} (eager PyTorch: {self.eager:.3g})"
 
 
-def compare(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> Comparison:
-    """Holds one tensor against float64 and eager. The dtype and shape must be eager's."""
+def compare(name: str, ours: Tensor, eager: Tensor, exact: Tensor, magnitude: float = 1.0) -> Comparison:
+    """Holds one tensor against float64 and eager, whose dtype and shape it must have.
+
+    ``magnitude`` is the size of the terms that may cancel; the tests' random numbers and upstream gradients have size one.
+    """
     assert ours.shape == exact.shape, f"{name} has shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
     assert ours.dtype == eager.dtype, f"{name} has dtype {ours.dtype}, expected {eager.dtype}"
     assert exact.isfinite().all(), f"the reference of {name} is not finite: a test's own mistake"
@@ -42,6 +49,7 @@ def compare(name: str, ours: Tensor, eager: Tensor, exact: Tensor) -> Comparison
     theirs = (eager.double() - exact).abs()
     theirs = theirs[theirs.isfinite()].max().item() if theirs.isfinite().any() else 0.0
     floor = FLOOR[ours.dtype] * torch.finfo(ours.dtype).eps * exact.abs().max().item()
+    floor += CANCELLATION * torch.finfo(torch.float32).eps * magnitude
     return Comparison(name, own, theirs, 2 * theirs + floor)
 
 
@@ -73,7 +81,7 @@ def run(function: Callable, arguments: dict, dtype: torch.dtype | None = None, b
 
 
 def assert_as_exact_as_eager(
-    ours: Callable, eager: Callable, reference: Callable, arguments: dict, backward: bool = True
+    ours: Callable, eager: Callable, reference: Callable, arguments: dict, backward: bool = True, magnitude: float = 1.0
 ) -> list[Comparison]:
     """Forward and, unless told otherwise, every gradient of ``ours`` within twice eager's own error, plus the floor.
 
@@ -82,7 +90,7 @@ def assert_as_exact_as_eager(
     got = run(ours, arguments, backward=backward)
     baseline = run(eager, arguments, backward=backward)
     exact = run(reference, arguments, torch.float64, backward=backward)
-    comparisons = [compare(name, got[name], baseline[name], exact[name]) for name in exact]
+    comparisons = [compare(name, got[name], baseline[name], exact[name], magnitude) for name in exact]
     wrong = [str(c) for c in comparisons if not c.ours <= c.allowed]  # `not <=`, so that NaN fails
     assert not wrong, "\n".join(wrong)
     return comparisons

@@ -93,7 +93,9 @@ def attention(
 ) -> Tensor:
     """scaled_dot_product_attention, by blocks of query rows whenever a bias would otherwise be N×M."""
     if 0 in query.shape[:2]:
-        return query.new_zeros(*query.shape[:3], value.shape[3]) + 0 * (query.sum() + key.sum() + value.sum())
+        floats = (t for t in (query, key, value, attn_mask, rel_h, rel_w) if t is not None and t.is_floating_point())
+        nothing = 0 * torch.stack([t.sum().to(query.dtype) for t in floats]).sum()  # every gradient is zeros, none is None
+        return query.new_zeros(*query.shape[:3], value.shape[3]) + nothing
     if key.shape[1] != query.shape[1]:
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
