@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -86,7 +87,7 @@ def saliency_picture(
         for axis, heat, title in ((left, before, "original model"), (right, after, "accelerated model")):
             _overlay(axis, picture, heat, "inferno", 0, 1)
             axis.set_title(title)
-        last.imshow(difference, cmap="bone", vmin=0, vmax=max(float(difference.max()), 1e-12))
+        last.imshow(difference, cmap="bone", norm=PowerNorm(0.5, 0, max(float(difference.max()), 1e-12)))
         last.set_title(f"|difference|, {_kind(difference)}")
         return _save(figure, path, dpi)
 

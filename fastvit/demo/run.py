@@ -61,7 +61,7 @@ def run_demo(options: Options, console: Console) -> bool:
             results[library], shown = _compare(model, pixels, options, step)
         with step("draw"):
             written += _draw(options.out, library, picture, credit, shown)
-    report = {"environment": environment(options), "picture": str(path), "models": results}
+    report = {"environment": environment(options), "picture": credit or str(path), "models": results}
     written += [options.out / "report.json", options.out / "report.md"]
     written[-2].write_text(json.dumps(report, indent=2) + "\n")
     written[-1].write_text(tables.markdown(report))

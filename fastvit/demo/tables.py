@@ -27,7 +27,7 @@ def _cost(library: str, result: dict[str, Any]) -> Row:
 
 
 def _errors(library: str, result: dict[str, Any]) -> list[Row]:
-    rows = []
+    rows: list[Row] = []
     for key, name in OUTPUTS.items():
         error = result["error"][key]
         title = f"{SHORT[library]}, {name}"
@@ -65,7 +65,7 @@ def caption(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     models = report["models"].items()
-    lines = ["# fastvit demo", "", f"Picture: `{report['picture']}`. {caption(report)}", ""]
+    lines = ["# fastvit demo", "", f"Picture: {report['picture']}. {caption(report)}", ""]
     lines += _markdown_table(COST_HEADER, [_cost(library, result) for library, result in models])
     lines += _markdown_table(ERROR_HEADER, [row for library, result in models for row in _errors(library, result)])
     for library, result in models:
