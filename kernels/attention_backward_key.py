@@ -177,7 +177,7 @@ def launch_attention_backward_key(
     dv: torch.Tensor,
 ) -> None:
     """Fills dk and dv."""
-    row = row_for("attention_backward_key", q, v, None)
+    row = row_for("attention_backward_key", q, v, mask, rel_w, one_key_row_a_step=False)
     strides = {
         f"stride_{name}_{axis}": tensor.stride(dim)
         for name, tensor in (("dout", dout), ("dk", dk), ("dv", dv))

@@ -166,7 +166,7 @@ def launch_attention_backward_mask(
     dmask: torch.Tensor,
 ) -> None:
     """Fills dmask."""
-    row = row_for("attention_backward_mask", q, v, None)
+    row = row_for("attention_backward_mask", q, v, mask, rel_w, one_key_row_a_step=False)
     mask_batches, mask_heads, mask_rows, mask_columns = mask.shape
     tiles = triton.cdiv(mask_rows, row["BLOCK_M"]) * triton.cdiv(mask_columns, row["BLOCK_N"])
     launch(

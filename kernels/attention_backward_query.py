@@ -322,9 +322,9 @@ def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> 
     )
 
 
-def rel_blocks(q: torch.Tensor, v: torch.Tensor, rel_w: torch.Tensor) -> int:
+def rel_blocks(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_w: torch.Tensor) -> int:
     """In how many blocks a row of keys is walked: the last dimension of drel_h."""
-    return triton.cdiv(rel_w.shape[3], row_for("attention_backward_query", q, v, rel_w)["BLOCK_N"])
+    return triton.cdiv(rel_w.shape[3], row_for("attention_backward_query", q, v, mask, rel_w)["BLOCK_N"])
 
 
 def launch_attention_backward_query(
@@ -344,7 +344,7 @@ def launch_attention_backward_query(
     drel_w: torch.Tensor | None,
 ) -> None:
     """Fills dq, drel_h [B, H, N, Kh, ``rel_blocks``] float32 and drel_w [B, H, N, Kw]."""
-    row = row_for("attention_backward_query", q, v, rel_w)
+    row = row_for("attention_backward_query", q, v, mask, rel_w)
     launch(
         "attention_backward_query",
         _attention_backward_query,

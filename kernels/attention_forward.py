@@ -347,13 +347,26 @@ def common_arguments(
     }
 
 
-def row_for(op: str, q: torch.Tensor, v: torch.Tensor, rel_w: torch.Tensor | None, axis: str = "BLOCK_N") -> dict[str, int]:
-    """The tuning-table row, its key block no wider than a row of keys when one row of keys is a step."""
-    shape = {"element_size": q.element_size(), "head_dim": max(q.shape[3], v.shape[3]), "queries": q.shape[2]}
-    row = config(op, target_of(q), **shape)
-    if rel_w is None:
+def row_for(
+    op: str,
+    q: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    rel_w: torch.Tensor | None,
+    one_key_row_a_step: bool = True,
+) -> dict[str, int]:
+    """The tuning-table row; its key block is no wider than a row of keys where one row of keys is a step."""
+    row = config(
+        op,
+        target_of(q),
+        element_size=q.element_size(),
+        head_dim=max(q.shape[3], v.shape[3]),
+        queries=q.shape[2],
+        bias=int(mask is not None or rel_w is not None),
+    )
+    if rel_w is None or not one_key_row_a_step:
         return row
-    return row | {axis: min(row[axis], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))}
+    return row | {"BLOCK_N": min(row["BLOCK_N"], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))}
 
 
 def launch_attention_forward(
@@ -369,7 +382,7 @@ def launch_attention_forward(
     lse: torch.Tensor,
 ) -> None:
     """Fills out and lse; every tensor's last stride is 1, rel_h, rel_w and lse are contiguous, the mask has four dimensions."""
-    row = row_for("attention_forward", q, v, rel_w)
+    row = row_for("attention_forward", q, v, mask, rel_w)
     arguments = common_arguments(q, k, v, mask, rel_h, scale)
     launch(
         "attention_forward",

@@ -21,6 +21,19 @@ from ._tuning import config
 
 
 @triton.jit
+def load_operand(ptrs, row_inside, k_inside, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr):
+    if TRANSPOSED:
+        if EVEN_K:
+            return tl.load(ptrs, mask=row_inside, other=0.0)
+        else:
+            return tl.load(ptrs, mask=row_inside & k_inside, other=0.0)
+    elif EVEN_K:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=k_inside, other=0.0)
+
+
+@triton.jit
 def _linear(
     a_ptr,  # [M, K]
     b_ptr,  # [N, K]
@@ -39,6 +52,8 @@ def _linear(
     stride_out_m,
     ACTIVATION: tl.constexpr,
     BACKWARD: tl.constexpr,
+    A_TRANSPOSED: tl.constexpr,
+    B_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXACT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -57,9 +72,10 @@ def _linear(
 
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored.
-    a_row = tl.minimum(m, M - 1)
-    b_row = tl.minimum(n, N - 1)
+    # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored. A transposed
+    # operand is masked, since clamping would hide from the compiler that its rows are adjacent in memory.
+    a_row = m if A_TRANSPOSED else tl.minimum(m, M - 1)
+    b_row = n if B_TRANSPOSED else tl.minimum(n, N - 1)
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :] * stride_a_k
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
@@ -67,12 +83,8 @@ def _linear(
     step_b = tl.full([], BLOCK_K, tl.int64) * stride_b_k
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=0.0)
+        a = load_operand(a_ptrs, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)
+        b = load_operand(b_ptrs, (n < N)[None, :], (k < K - start)[:, None], B_TRANSPOSED, EVEN_K)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
         a_ptrs += step_a
         b_ptrs += step_b
@@ -130,9 +142,10 @@ def launch_linear(
 ) -> None:
     """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1."""
     (m, k), n = a.shape, b.shape[0]
-    row = config("linear", target_of(a), element_size=a.element_size(), rows=m)
+    op = "linear_backward" if backward else "linear"
+    row = config(op, target_of(a), element_size=a.element_size(), rows=m)
     launch(
-        "linear",
+        op,
         _linear,
         (triton.cdiv(m, row["BLOCK_M"]) * triton.cdiv(n, row["BLOCK_N"]),),
         a,
@@ -154,6 +167,8 @@ def launch_linear(
         stride_out_m=out.stride(0),
         ACTIVATION=activation or "none",
         BACKWARD=backward,
+        A_TRANSPOSED=a.stride(1) != 1,
+        B_TRANSPOSED=b.stride(1) != 1,
         EVEN_K=k % row["BLOCK_K"] == 0,
         EXACT=a.dtype == torch.float32,
         INPUT_PRECISION=input_precision(a.dtype),

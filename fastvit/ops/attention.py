@@ -72,7 +72,7 @@ def attention_backward(
     if rel_h is None or rel_w is None:
         attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, None, None)
     else:
-        blocks = attention_backward_query.rel_blocks(q, v, rel_w)
+        blocks = attention_backward_query.rel_blocks(q, v, attn_mask, rel_w)
         rows = rel_h.new_empty(*rel_h.shape, blocks, dtype=torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
         attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, rows, drel_w)

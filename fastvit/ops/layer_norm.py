@@ -45,7 +45,7 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     from ..kernels import layer_norm, layer_norm_wide, reduce
 
     rows, channels = x.shape
-    wide = channels > layer_norm.MAX_CHANNELS
+    wide = channels > layer_norm.MAX_CHANNELS_BACKWARD
     strips = reduce.strips_for(rows, x) if wide else layer_norm.backward_programs(x)
     partials = [x.new_empty(strips, channels, dtype=torch.float32) if want else None for want in wants]
     run = layer_norm_wide.launch_wide_backward if wide else layer_norm.launch_layer_norm_backward
