@@ -19,11 +19,11 @@ from . import functional, reference
 from .backend import get_backend, use_backend
 
 _LAZY = {
-    "accelerate": "accelerate",
-    "accelerated": "accelerate",
-    "report": "accelerate",
-    "restore": "accelerate",
-    "verify": "accelerate",
+    "accelerate": "acceleration",
+    "accelerated": "acceleration",
+    "report": "acceleration",
+    "restore": "acceleration",
+    "verify": "acceleration",
 }
 
 __all__ = [

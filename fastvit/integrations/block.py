@@ -75,8 +75,7 @@ def compute(
     switch = chosen == "triton" and backend.resolve(x) != "triton"
     with backend.use_backend("triton") if switch else nullcontext():
         ops = TRITON if chosen == "triton" else TORCH
-        before: Any = child(block, layout.norms.before)
-        after: Any = child(block, layout.norms.after)
+        before, after = child(block, layout.norms.before), child(block, layout.norms.after)
         normed = handoff.collect(x, before)
         if normed is None:
             normed = ops.layer_norm(x, before.weight, before.bias, before.eps)
@@ -95,7 +94,7 @@ def _attention(
     block: nn.Module, names: layouts.Attention, ops: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool
 ) -> Tensor:
     batch, tokens, _ = x.shape
-    owner: Any = child(block, names.owner)
+    owner = child(block, names.owner)
     heads = next(getattr(owner, name) for name in layouts.HEAD_COUNTS if hasattr(owner, name))
     projected = [_linear(ops, child(block, path), x) for path in names.qkv]
     if len(projected) == 1:
@@ -140,7 +139,7 @@ def _linear(ops: Any, module: Any, x: Tensor, activation: str | None = None) -> 
     return ops.linear(x, module.weight, module.bias, activation=activation)
 
 
-def _active(*dropouts: nn.Module | None) -> Iterator[nn.Module]:
+def _active(*dropouts: Any) -> Iterator[nn.Module]:
     """The dropouts that drop something now."""
     return (module for module in dropouts if module is not None and module.training and getattr(module, "p", 0))
 

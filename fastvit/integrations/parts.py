@@ -39,15 +39,15 @@ class Layout:
         return f"fused attention + add+LayerNorm + {names[self.activation or '']} MLP"
 
 
-def child(module: nn.Module, path: str | None) -> nn.Module | None:
-    """The descendant at ``path``, or None where there is none."""
+def child(module: nn.Module, path: str | None) -> Any:
+    """The descendant module at ``path``, or None where there is none."""
     found: Any = module
     for name in path.split(".") if path else ("",):
         found = getattr(found, name, None)
     return found if isinstance(found, nn.Module) else None
 
 
-def part(module: nn.Module, path: str | None) -> nn.Module | None:
+def part(module: nn.Module, path: str | None) -> Any:
     """``child``, an Identity counting as none."""
     found = child(module, path)
     return None if isinstance(found, nn.Identity) else found
@@ -145,7 +145,7 @@ def _why_not_attention(block: nn.Module, attention: layouts.Attention) -> str | 
     heads = _head_count(owner)
     if heads is None:
         return f"{attention.owner} does not say its number of heads"
-    out_features = {child(block, path).out_features for path in attention.qkv}  # type: ignore[union-attr]
+    out_features = {child(block, path).out_features for path in attention.qkv}
     parts = 3 if len(attention.qkv) == 1 else 1
     if len(out_features) != 1 or next(iter(out_features)) % (heads * parts):
         return f"query, key and value do not have {heads} heads of one size each"
@@ -224,7 +224,7 @@ def why_not_now(block: nn.Module, layout: Layout) -> str | None:
         weight = module._parameters.get("weight") if kind is nn.Linear else None
         if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
-    owner: Any = child(block, layout.attention.owner)
+    owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
     if implementation not in (None, "sdpa", "eager"):
         return f"the attention implementation {implementation!r} was asked for"

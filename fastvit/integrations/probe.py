@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import compute
-from .parts import Layout
+from .parts import Layout, child
 
 TOKENS = 3
 TOLERANCE = 2e-5  # of the largest value; erf and tanh GELU differ by more, float32 rounding by less
@@ -27,12 +27,12 @@ def why_different(block: nn.Module, layout: Layout) -> str | None:
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         twin = _stand_in(block, generator, {})
-        channels = twin.get_submodule(layout.norms.before).normalized_shape[0]  # type: ignore[union-attr]
+        channels = child(twin, layout.norms.before).normalized_shape[0]
         x = torch.randn(2, TOKENS, channels, generator=generator)
         try:
             expected = type(block).forward(twin, x.clone())
-        except Exception as error:
-            return f"its own forward does not take hidden states alone ({type(error).__name__}: {error})"
+        except Exception as failure:
+            return f"its own forward does not take hidden states alone ({type(failure).__name__}: {failure})"
         if not isinstance(expected, Tensor) or expected.shape != x.shape:
             return "its forward does not return one tensor of the hidden states' shape"
         error = (compute(twin, layout, x, "torch") - expected).abs().max() / expected.abs().max()

@@ -32,7 +32,8 @@ class ServedBlock(nn.Module):
     """Mixed in before a block's own class: runs the fused path where it can and the class's own forward otherwise."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        function, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, *rest = reduced
         arguments = tuple(original_class(type(self)) if value is type(self) else value for value in arguments)
         return (_rebuild, (function, arguments), *rest)
 
@@ -43,9 +44,17 @@ def _rebuild(function: Any, arguments: tuple) -> nn.Module:
     return module
 
 
-@functools.cache
-def served_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of ``cls`` that serves its instances."""
+_served_classes: dict[type, type] = {}
+
+
+def served_class(cls: type) -> type:
+    """The subclass of ``cls`` that serves its instances; always the same one."""
+    if cls not in _served_classes:
+        _served_classes[cls] = _derive(cls)
+    return _served_classes[cls]
+
+
+def _derive(cls: Any) -> type:
     own_forward = cls.forward
 
     @functools.wraps(own_forward)

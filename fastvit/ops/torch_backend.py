@@ -3,12 +3,13 @@
 Same results as ``fastvit.reference``, lean in memory: no N×M bias or score matrix beyond a block of query rows, and
 in inference no intermediate that could be written over. Everything is differentiable by PyTorch's autograd.
 
-On x86 CPUs in inference, float32 products go to oneDNN where it is the faster library (see ``_onednn``): bias and
-activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold.
+On x86 CPUs in inference, float32 linears go to oneDNN where it is the faster library (see ``_onednn``): bias and
+activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Attention stays with SDPA:
+head by head through oneDNN it took 0.7 of SDPA's time at 1370 tokens, but in dozens of short parallel regions that
+each wait for a thread when the machine is shared, and then it took several times as long.
 """
 
 import functools
-import math
 import platform
 import re
 
@@ -19,11 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 # Query rows whose bias is held at one time; on 2 CPU cores 256 rows of a 64×64 grid measured fastest (64: +40 %).
 BIAS_ROWS = 256
-
-# Attention through oneDNN pays from this many keys on, its scores held for at most this many query × key pairs at a time
-# (AMD Zen 5, 2 cores, one head of 64: 1025 keys 0.82, 1370 keys 0.68, 4096 keys 0.66 of SDPA's time; 577 keys 0.95).
-ONEDNN_ATTENTION_KEYS = 1024
-ONEDNN_SCORES = 2**20
 
 
 @functools.cache
@@ -50,7 +46,7 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     batching rules, and an exported graph should not name it). Should: always on AMD; on Intel, where MKL is as fast, only
     for the activation in its epilogue.
     """
-    if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled:
+    if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
     needs_grad = torch.is_grad_enabled()
     for tensor in tensors:
@@ -102,9 +98,6 @@ def attention(
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if rel_h is None and attn_mask is None:
-        large = key.shape[2] >= ONEDNN_ATTENTION_KEYS and query.shape[2] >= BIAS_ROWS
-        if large and not is_causal and _onednn(query, key, value) and _cpu_vendor() == "amd":
-            return _onednn_attention(query, key, value, scale)
         return _sdpa(query, key, value, None, is_causal, scale)
     if rel_h is None and not is_causal:
         return _masked_rows(query, key, value, attn_mask, False, scale, None, None, 0)
@@ -121,24 +114,6 @@ def attention(
         else:
             blocks.append(_masked_rows(*arguments))
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=2)
-
-
-def _onednn_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attention head by head in blocks of query rows, both products by oneDNN, the scores of one block in the cache."""
-    batch, heads, queries, _ = query.shape
-    blocks = math.ceil(queries / max(64, ONEDNN_SCORES // key.shape[2]))
-    rows = math.ceil(queries / blocks)
-    out = query.new_empty(batch, queries, heads, value.shape[3])
-    for image in range(batch):
-        for head in range(heads):
-            scaled_key = (key[image, head] * scale).contiguous()
-            transposed_value = value[image, head].t().contiguous()
-            head_query = query[image, head].contiguous()
-            for start in range(0, queries, rows):
-                scores = _onednn_linear(head_query[start : start + rows], scaled_key, None, None)
-                torch.softmax(scores, dim=-1, out=scores)
-                out[image, start : start + rows, head] = _onednn_linear(scores, transposed_value, None, None)
-    return out.transpose(1, 2)
 
 
 def _masked_rows(

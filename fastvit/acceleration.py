@@ -7,6 +7,7 @@ runs its own forward where something was.
 """
 
 import fnmatch
+import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Report:
     """What ``accelerate`` did, or would do (``planned``).
 
     ``replaced``: module name → what serves it. ``skipped``: module name → why it was left as it was. ``fallbacks``: module
-    name → why a served module last ran its own forward. ``str()`` gives a table.
+    name → why a served module last ran its own forward. ``accelerated``: whether the model is. ``str()`` gives a table.
     """
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -40,10 +41,13 @@ class Report:
     fallbacks: dict[str, str] = field(default_factory=dict)
     backend: str = ""
     planned: bool = False
+    accelerated: bool = True
 
     def __str__(self) -> str:
+        if not (self.accelerated or self.planned):
+            return "fastvit: not accelerated (call fastvit.accelerate(model) first)"
         if not self.replaced and not self.skipped:
-            return "fastvit: nothing to replace (no transformer block of a known layout), or not accelerated yet"
+            return "fastvit: nothing to replace (the model has no transformer block of a known layout)"
         verb = "would be replaced (dry run)" if self.planned else "replaced"
         lines = [f"fastvit: {len(self.replaced)} blocks {verb}, {len(self.skipped)} left as they were"]
         if self.replaced and self.backend:
@@ -114,7 +118,7 @@ def accelerate(
         if dry_run:
             _revert(restored)
             planned = {name: layout.describe() for name, layout in plan.layouts.items()}
-            _dry_runs[model] = Report(planned, plan.skipped, {}, _describe_backend(model, backend), planned=True)
+            _dry_runs[model] = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, False)
             return model
         _serve(model, plan, backend)
         options = {"include": include, "exclude": exclude, "backend": backend}
@@ -159,7 +163,7 @@ def report(model: nn.Module) -> Report:
     fallbacks = {name: serving.fallback for name, serving in served.items() if serving is not None and serving.fallback}
     pinned = state.options["backend"] if state else next((s.backend for s in served.values() if s), "auto")
     skipped = dict(state.skipped) if state else {}
-    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned))
+    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=bool(state or replaced))
 
 
 def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
@@ -172,12 +176,17 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
     blocks = [module for module in model.modules() if swap.is_served(module)]
     if not blocks:
         raise ValueError("model has no accelerated block to verify; call fastvit.accelerate(model) first")
-    fallbacks = {id(block): block.__dict__[swap.ATTRIBUTE].fallback for block in blocks}
-    result = compare(model, inputs, keywords, without=lambda: _own_forwards(blocks))
-    ran = [block.__dict__[swap.ATTRIBUTE].fallback is None for block in blocks]
-    for block in blocks:
-        block.__dict__[swap.ATTRIBUTE].fallback = fallbacks[id(block)]
-    return replace(result, blocks=len(blocks), fused_blocks=sum(ran))
+    servings: list[swap.Serving] = [block.__dict__[swap.ATTRIBUTE] for block in blocks]
+    before = [serving.fallback for serving in servings]
+    for serving in servings:
+        serving.fallback = None
+    try:
+        result = compare(model, inputs, keywords, without=lambda: _own_forwards(blocks))
+        fused = sum(serving.fallback is None for serving in servings)
+    finally:
+        for serving, fallback in zip(servings, before, strict=True):
+            serving.fallback = fallback
+    return replace(result, blocks=len(blocks), fused_blocks=fused)
 
 
 # --- walk and swap ------------------------------------------------------------------------------------------------------
@@ -224,7 +233,7 @@ def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
             blocks = list(container)
-            for block, following in zip(blocks, blocks[1:], strict=False):
+            for block, following in itertools.pairwise(blocks):
                 if swap.is_served(block) and swap.is_served(following):
                     norm: Any = following.get_submodule(following.__dict__[swap.ATTRIBUTE].layout.norms.before)
                     block.__dict__[swap.ATTRIBUTE].next_norm = norm
