@@ -79,12 +79,17 @@ def _probe_gpu(index: int) -> str | None:
     return None
 
 
-def resolve(tensor: torch.Tensor) -> str:
+def resolve(tensor: torch.Tensor, *, float32_products: bool = False) -> str:
     """``"triton"`` or ``"torch"`` for an operator on ``tensor``.
+
+    ``float32_products``: the operator is mostly matrix products, which ``auto`` leaves to PyTorch in float32: the kernels
+    compute them exactly, without tensor cores, where the vendor's library is hard to beat.
 
     Raises ``ValueError`` when ``triton`` was asked for by name and cannot serve the tensor's device or dtype.
     """
     if _current == "torch" or (_current == "auto" and not tensor.is_cuda):
+        return "torch"
+    if _current == "auto" and float32_products and tensor.dtype == torch.float32:
         return "torch"
     reason = why_not_triton(tensor.device)
     if reason is None and tensor.dtype == torch.float64:

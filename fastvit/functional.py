@@ -62,7 +62,7 @@ def attention(
         query, key, value = _autocast(query.device.type, query, key, value)
     _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    if resolve(query) == "triton":
+    if resolve(query, float32_products=rel_h is None) == "triton":
         return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
     return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
 
@@ -133,7 +133,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if isinstance(input, Tensor):
         input, weight, bias = _autocast(input.device.type, input, weight, bias)
     _checks.check_linear(input, weight, bias, activation)
-    if resolve(input) == "triton":
+    if resolve(input, float32_products=True) == "triton":
         return _linear_op.linear(input, weight, bias, activation)
     return torch_backend.linear(input, weight, bias, activation)
 
@@ -171,6 +171,6 @@ def mlp(
         raise ValueError(f"fc2_weight has shape {tuple(fc2_weight.shape)}; expected at least one output feature")
     _checks.check_shape("fc2_weight", fc2_weight, (out_features, fc1_weight.shape[0]), "fc1_weight's outputs are its inputs")
     _checks.check_shape("fc2_bias", fc2_bias, (out_features,), "one value an output of fc2_weight")
-    if resolve(input) == "triton":
+    if resolve(input, float32_products=True) == "triton":
         return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)

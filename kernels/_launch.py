@@ -78,7 +78,7 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
     """
     if 0 in grid:
         return
-    options = {name: row[name] for name in ("num_warps", "num_stages") if name in row}
+    options: dict[str, int] = {name: row[name] for name in ("num_warps", "num_stages") if name in row}
     names = kernel.arg_names
     arguments |= {name: value for name, value in row.items() if name in names and name not in arguments}
     if _recorder is not None:

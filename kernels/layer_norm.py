@@ -7,8 +7,9 @@
 
 Shapes: residual, branch, y, total, and their gradients [rows, channels], last stride 1; weight, bias, layer_scale
 [channels]; mean, rstd [rows] float32, saved for the backward pass. Each tensor is read once and written once; a row lives
-in registers, so channels ≤ MAX_CHANNELS, in backward MAX_CHANNELS_BACKWARD (``layer_norm_wide`` takes over from there). Weight gradients leave as partial sums
-[programs, channels] in float32, added up by ``reduce``: no atomics, the same bits every time.
+in registers, so channels ≤ MAX_CHANNELS, in backward MAX_CHANNELS_BACKWARD (``layer_norm_wide`` takes over from there).
+Weight gradients leave as partial sums [programs, channels] in float32, added up by ``reduce``: no atomics, the same bits
+every time.
 Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
 """
 

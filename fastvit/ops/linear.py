@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..backend import get_backend
 from ._common import Operator, contiguous, define, wants_grad
 
 
@@ -18,9 +19,13 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, **epilogue) -> Tensor:
-    """a [M, K] · b [N, K]ᵀ + bias → [M, N]."""
+    """a [M, K] · b [N, K]ᵀ + bias → [M, N]. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
+    from ..kernels import _launch
     from ..kernels import linear as kernel
 
+    fused = any(value is not None for value in epilogue.values())
+    if get_backend() == "auto" and not fused and not _launch.recording():
+        return torch.addmm(bias, a, b.t()) if bias is not None else a @ b.t()
     out = a.new_empty(a.shape[0], b.shape[0])
     kernel.launch_linear(a, b, contiguous(bias), out, **epilogue)
     return out
