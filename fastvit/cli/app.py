@@ -4,7 +4,7 @@ import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -48,18 +48,28 @@ class UserError(Exception):
 
 
 def run() -> None:
-    """Runs the command line; what the user can mend ends in one line, without a traceback."""
+    """Runs the command line; what the user can mend ends in one line on stderr, without a traceback."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
-        print(f"fastvit: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("fastvit: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail(str(error), 1)
     except BrokenPipeError:  # `fastvit doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
+            raise
+        _fail(error.format_message(), error.exit_code)  # an option or command that does not exist, or a value that does not fit
+    raise SystemExit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    line = " ".join(message.split())
+    if line:
+        print(f"fastvit: {line}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 def pick_device(device: Device) -> torch.device:
