@@ -55,9 +55,13 @@ def check_affine(like: str, **tensors: Tensor | None) -> None:
             )
 
 
-def check_shape(name: str, tensor: Tensor | None, expected: Sequence[int], why: str) -> None:
+def check_shape(name: str, tensor: Tensor | None, expected: Sequence[int], why: str, of: Tensor | None = None) -> None:
+    """``why`` ends the message, followed by the shape of ``of``; nothing is formatted unless something is wrong, which is
+    faster and lets torch.compile trace the check with symbolic sizes."""
     if tensor is not None and tuple(tensor.shape) != tuple(expected):
-        raise ValueError(f"{name} has shape {_shape(tensor)}; expected {tuple(expected)}: {why}")
+        raise ValueError(
+            f"{name} has shape {_shape(tensor)}; expected {tuple(expected)}: {why}{'' if of is None else ' ' + _shape(of)}"
+        )
 
 
 def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
@@ -88,8 +92,8 @@ def check_attention(
     check_rank("value", value, 4, "(batch, key heads, keys, value head_dim)")
     batch, heads, queries, dim = query.shape
     key_heads, keys = key.shape[1], key.shape[2]
-    check_shape("key", key, (batch, key_heads, keys, dim), f"query has shape {_shape(query)}")
-    check_shape("value", value, (batch, key_heads, keys, value.shape[3]), f"key has shape {_shape(key)}")
+    check_shape("key", key, (batch, key_heads, keys, dim), "query has shape", query)
+    check_shape("value", value, (batch, key_heads, keys, value.shape[3]), "key has shape", key)
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"key has shape {_shape(key)}; expected a number of heads that divides query's {heads}")
     for name, tensor in (("query", query), ("value", value)):
@@ -110,7 +114,7 @@ def check_attention(
     if rel_h is not None and rel_w is not None:
         for name, tensor in (("rel_h", rel_h), ("rel_w", rel_w)):
             check_rank(name, tensor, 4, "(batch, heads, queries, key rows or columns)")
-            check_shape(name, tensor, (batch, heads, queries, tensor.shape[3]), f"query has shape {_shape(query)}")
+            check_shape(name, tensor, (batch, heads, queries, tensor.shape[3]), "query has shape", query)
         if rel_h.shape[3] * rel_w.shape[3] != keys:
             raise ValueError(
                 f"rel_h has shape {_shape(rel_h)} and rel_w {_shape(rel_w)}; expected key rows × key columns = {keys} keys"
@@ -128,8 +132,8 @@ def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, 
     if input.dim() < 1 or input.shape[-1] == 0:
         raise ValueError(f"{name} has shape {_shape(input)}; expected at least one channel in the last dimension")
     channels = (input.shape[-1],)
-    check_shape("weight", weight, channels, f"{name} has shape {_shape(input)}")
-    check_shape("bias", bias, channels, f"{name} has shape {_shape(input)}")
+    check_shape("weight", weight, channels, f"{name} has shape", input)
+    check_shape("bias", bias, channels, f"{name} has shape", input)
 
 
 def check_add_layer_norm(
@@ -143,7 +147,7 @@ def check_add_layer_norm(
             " expected one dtype, or torch.float32 for one of them"
         )
     check_shape("branch", branch, residual.shape, "the shape of residual")
-    check_shape("layer_scale", layer_scale, (residual.shape[-1],), f"residual has shape {_shape(residual)}")
+    check_shape("layer_scale", layer_scale, (residual.shape[-1],), "residual has shape", residual)
     if layer_scale is not None and layer_scale.dtype not in (residual.dtype, branch.dtype, torch.float32):
         raise TypeError(
             f"layer_scale of shape {_shape(layer_scale)} has dtype {layer_scale.dtype} while residual has {residual.dtype}"
@@ -164,4 +168,4 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight has shape {_shape(weight)}; expected at least one feature on either side")
-    check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"{prefix}weight has shape {_shape(weight)}")
+    check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"{prefix}weight has shape", weight)
