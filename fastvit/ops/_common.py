@@ -29,8 +29,52 @@ class Operator(torch.autograd.Function):
         )
 
 
+class _Once(Operator):
+    """A raw backward operator whose results refuse to be differentiated again, instead of counting as constants."""
+
+    @staticmethod
+    def forward(operator, *args):
+        return operator(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "fastvit's Triton operators can be differentiated once; for second derivatives use the PyTorch backend:"
+            " with fastvit.use_backend('torch')"
+        )
+
+
+def run_backward(operator: Any, *args: Any) -> tuple:
+    """The raw backward operator's results, guarded against a second differentiation where one is being recorded."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _Once.apply(operator, *args)
+    return operator(*args)
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform hides whether one is."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, with a view in place of each repeated one: torch.compile refuses a Function given one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    seen: list[Tensor] = []
+    out: list[Tensor | None] = []
+    for tensor in tensors:
+        if tensor is not None and any(tensor is other for other in seen):
+            tensor = tensor.view_as(tensor)
+        if tensor is not None:
+            seen.append(tensor)
+        out.append(tensor)
+    return out
 
 
 def as_rows(tensor: Tensor) -> Tensor:

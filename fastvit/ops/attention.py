@@ -7,9 +7,8 @@ a row (lse), never a score.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._common import Operator, contiguous, define, wants_grad, with_unit_stride
+from ._common import Operator, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
 
 
 def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
@@ -125,11 +124,10 @@ class Attention(Operator):
         ctx.save_for_backward(query, key, value, attn_mask, rel_h, rel_w, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _lse):
         wants = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        grads = torch.ops.fastvit.attention_backward(grad, *saved, ctx.is_causal, ctx.scale, wants[3])
+        grads = run_backward(torch.ops.fastvit.attention_backward, grad, *saved, ctx.is_causal, ctx.scale, wants[3])
         return *(g if want else None for g, want in zip(grads, wants[:6], strict=True)), None, None
 
 
@@ -146,5 +144,5 @@ def attention(
     if attn_mask is not None:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if wants_grad(query, key, value, attn_mask, rel_h, rel_w):
-        return Attention.apply(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]
+        return Attention.apply(*distinct(query, key, value, attn_mask, rel_h, rel_w), is_causal, scale)[0]
     return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]

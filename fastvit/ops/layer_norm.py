@@ -7,9 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._common import Operator, as_rows, contiguous, define, wants_grad
+from ._common import Operator, as_rows, contiguous, define, distinct, run_backward, wants_grad
 
 
 def _total_dtype(residual: Tensor, branch: Tensor) -> torch.dtype:
@@ -149,16 +148,17 @@ class LayerNorm(Operator):
         ctx.save_for_backward(input, weight, bias, output[1], output[2])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _mean, _rstd):
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = torch.ops.fastvit.layer_norm_backward(grad, input, weight, bias, mean, rstd, ctx.statistics)
+        dx, dweight, dbias = run_backward(
+            torch.ops.fastvit.layer_norm_backward, grad, input, weight, bias, mean, rstd, ctx.statistics
+        )
         return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
 
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str) -> Tensor:
     if wants_grad(input, weight, bias):
-        return LayerNorm.apply(input, weight, bias, eps, statistics)[0]
+        return LayerNorm.apply(*distinct(input, weight, bias), eps, statistics)[0]
     return torch.ops.fastvit.layer_norm_forward(input, weight, bias, eps, statistics)[0]
 
 
@@ -260,13 +260,22 @@ class AddLayerNorm(Operator):
         ctx.save_for_backward(branch if layer_scale is not None else None, total, weight, bias, layer_scale, mean, rstd)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, grad_total, _mean, _rstd):
         branch, total, weight, bias, layer_scale, mean, rstd = ctx.saved_tensors
         if grad is None:
             grad = torch.zeros_like(total)
-        dresidual, dbranch, dweight, dbias, dscale = torch.ops.fastvit.add_layer_norm_backward(
-            grad, grad_total, branch, total, weight, bias, layer_scale, mean, rstd, *ctx.dtypes
+        dresidual, dbranch, dweight, dbias, dscale = run_backward(
+            torch.ops.fastvit.add_layer_norm_backward,
+            grad,
+            grad_total,
+            branch,
+            total,
+            weight,
+            bias,
+            layer_scale,
+            mean,
+            rstd,
+            *ctx.dtypes,
         )
         separate = layer_scale is not None or ctx.dtypes[0] != ctx.dtypes[1]
         return (
@@ -283,5 +292,6 @@ def add_layer_norm(
     residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, layer_scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     if wants_grad(residual, branch, weight, bias, layer_scale):
-        return AddLayerNorm.apply(residual, branch, weight, bias, eps, layer_scale)[:2]
+        residual_, branch_, weight_, bias_, scale_ = distinct(residual, branch, weight, bias, layer_scale)
+        return AddLayerNorm.apply(residual_, branch_, weight_, bias_, eps, scale_)[:2]
     return torch.ops.fastvit.add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)[:2]

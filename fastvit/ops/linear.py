@@ -6,10 +6,9 @@ value before the activation, and recomputes the hidden layer in the epilogue of 
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backend import get_backend
-from ._common import Operator, contiguous, define, wants_grad
+from ._common import Operator, contiguous, define, distinct, run_backward, wants_grad
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -124,17 +123,16 @@ class Linear(Operator):
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _pre):
         input, weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.fastvit.linear_backward(grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
+        grads = run_backward(torch.ops.fastvit.linear_backward, grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     if wants_grad(input, weight, bias):
-        return Linear.apply(input, weight, bias, activation)[0]
+        return Linear.apply(*distinct(input, weight, bias), activation)[0]
     return torch.ops.fastvit.linear_forward(input, weight, bias, activation, False)[0]
 
 
@@ -218,11 +216,12 @@ class MLP(Operator):
         ctx.save_for_backward(input, fc1_weight, fc2_weight, output[1])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _pre):
         input, fc1_weight, fc2_weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:5])
-        grads = torch.ops.fastvit.mlp_backward(grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants)
+        grads = run_backward(
+            torch.ops.fastvit.mlp_backward, grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants
+        )
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
@@ -235,5 +234,5 @@ def mlp(
     activation: str | None,
 ) -> Tensor:
     if wants_grad(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        return MLP.apply(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)[0]
+        return MLP.apply(*distinct(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation)[0]
     return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, False)[0]
