@@ -84,6 +84,7 @@ def demo(
     image: Annotated[Path | None, typer.Option(help="A picture of your own; its centre square is used.")] = None,
     out: Annotated[Path, typer.Option(help="The folder for pictures and numbers.")] = Path("out"),
     model: Annotated[Model, typer.Option(help="Hugging Face's class, timm's, or both.")] = Model.both,
+    size: Annotated[int, typer.Option(min=14, max=2072, help="Side of the square in pixels, a multiple of 14.")] = 518,
     runs: Annotated[int, typer.Option(min=1, max=10_000, help="Timed pairs of runs, after a warm-up.")] = 7,
     device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
     dtype: Annotated[Dtype, typer.Option(help="What the models compute in.")] = Dtype.fp32,
@@ -96,6 +97,10 @@ def demo(
     """
     console = Console(highlight=False)
     target = pick_device(device)
+    if size % 14:
+        raise UserError(
+            f"--size {size} is not a multiple of 14, the model's patch; the nearest is {max(14, round(size / 14) * 14)}"
+        )
     try:
         from ..checkpoints import CheckpointError
         from ..demo import Options, PictureError, run_demo
@@ -106,6 +111,7 @@ def demo(
         image=image,
         out=out,
         libraries=libraries,  # type: ignore[arg-type]
+        size=size,
         runs=runs,
         device=target,
         dtype=DTYPES[dtype],

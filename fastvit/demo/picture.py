@@ -82,7 +82,8 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def _square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side), reducing_gap=3.0)
+    square = image.crop((left, top, left + side, top + side))
+    return square.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def to_pixels(image: Image.Image) -> Tensor:

@@ -141,7 +141,7 @@ def shrink(paths: Sequence[Path], folder: Path, limit: int = 200_000) -> list[Pa
         width = min(1300, image.width)
         while True:
             small = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-            small.save(target, quality=90, optimize=True, progressive=True, subsampling=0)
+            small.save(target, quality=90, subsampling=0)
             if target.stat().st_size <= limit or width <= 400:
                 break
             width = int(width * 0.92)

@@ -20,7 +20,7 @@ import fastvit
 
 from ..backend import resolve
 from ..checkpoints import SaliencyModel, read_weights, saliency_model
-from ..checkpoints.saliency import PATCH, Library
+from ..checkpoints.saliency import IMAGE, PATCH, Library
 from . import features, measure, plots, tables
 from .picture import SAMPLE_CREDIT, load_picture, sample_picture, to_pixels
 
@@ -32,6 +32,7 @@ class Options:
     image: Path | None = None  # None: the sample photograph
     out: Path = Path("out")
     libraries: tuple[Library, ...] = ("hf", "timm")
+    size: int = IMAGE  # side of the square the picture is brought to: a multiple of the patches' 14
     runs: int = 7
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
@@ -45,7 +46,7 @@ def run_demo(options: Options, console: Console) -> bool:
     """
     path = sample_picture() if options.image is None else options.image
     credit = SAMPLE_CREDIT if options.image is None else ""
-    picture = load_picture(path)
+    picture = load_picture(path, options.size)
     options.out.mkdir(parents=True, exist_ok=True)
     pixels = to_pixels(picture).to(options.device, options.dtype)
     step = Steps(console)
@@ -56,7 +57,7 @@ def run_demo(options: Options, console: Console) -> bool:
     for library in options.libraries:
         console.print(f"\n[bold]{tables.TITLES[library]}[/bold]")
         with step("load"):
-            model = saliency_model(library, weights=weights).to(options.device, options.dtype)
+            model = saliency_model(library, options.size, weights).to(options.device, options.dtype)
         with torch.inference_mode():
             results[library], shown = _compare(model, pixels, options, step)
         with step("draw"):
@@ -164,6 +165,7 @@ def environment(options: Options) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(options.dtype).removeprefix("torch."),
         "backend": resolve(torch.empty(1, device=device, dtype=options.dtype)),
+        "size": options.size,
         "runs": options.runs,
     }
 

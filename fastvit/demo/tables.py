@@ -57,7 +57,7 @@ def caption(report: dict[str, Any]) -> str:
     """What the numbers were measured on, and how."""
     facts = report["environment"]
     return (
-        f"DINOv2-S/14 at 518 px, one picture, {facts['dtype']}, backend {facts['backend']}, {facts['device']},"
+        f"DINOv2-S/14 at {facts['size']} px, one picture, {facts['dtype']}, backend {facts['backend']}, {facts['device']},"
         f" torch {facts['torch']}, fastvit {facts['fastvit']}. Time: median of {facts['runs']} runs of each, interleaved;"
         " ratio: median over the pairs, below 1 is faster. Memory: what a run holds at its peak beyond the weights."
     )
