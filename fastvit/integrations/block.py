@@ -161,6 +161,8 @@ def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
     """Whether a sum may be written over ``branch``: inference, one dtype, nothing traced."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(branch) is not Tensor:
         return False
+    if branch.is_inference() and not torch.is_inference_mode_enabled():
+        return False
     return all(other is None or other.dtype == branch.dtype for other in others)
 
 

@@ -206,15 +206,16 @@ def _head_count(owner: nn.Module | None) -> int | None:
 # --- at every call ------------------------------------------------------------------------------------------------------
 
 
-def why_not_now(block: nn.Module, layout: Layout) -> str | None:
-    """Why a block that has a layout must run its own forward this time, or None."""
+def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
+    """Why a block that has a layout must run its own forward this time, or None; ``masked``: the call has a mask."""
     for name in GLOBAL_HOOKS:
         if getattr(torch.nn.modules.module, name):
             return "a hook is registered for all modules"
     for path, kind in layout.kinds:
         module = child(block, path)
-        if module is None or type(module) is not kind:
-            return f"{path} is now a {type(module).__name__} (it was a {kind.__name__})"
+        found: Any = type(module)
+        if found is not kind:
+            return f"{path} is now a {found.__name__} (it was a {kind.__name__})"
         if "forward" in module.__dict__:
             return f"{path} has a forward of its own (set on the instance, as accelerate's hooks do)"
         if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -226,7 +227,8 @@ def why_not_now(block: nn.Module, layout: Layout) -> str | None:
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
     owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
-    if implementation not in (None, "sdpa", "eager"):
+    flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
+    if implementation not in (None, "sdpa", "eager") and not flash:
         return f"the attention implementation {implementation!r} was asked for"
     if getattr(owner, "is_causal", False):
         return f"{layout.attention.owner} is set to causal attention"
@@ -238,7 +240,7 @@ def why_not_now(block: nn.Module, layout: Layout) -> str | None:
     return None
 
 
-def _only_idle_captures(module: nn.Module) -> bool:
+def _only_idle_captures(module: Any) -> bool:
     """Whether all forward hooks are those by which transformers collects attentions, and none is collected now."""
     if any(hook.__module__ != CAPTURE_MODULE for hook in module._forward_hooks.values()):
         return False

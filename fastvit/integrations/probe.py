@@ -5,7 +5,9 @@ probe works on a stand-in with weights of its own, on the CPU, so that models on
 and of any training state are proved without being touched, and without consuming random numbers.
 """
 
+import copy
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ def why_different(block: nn.Module, layout: Layout) -> str | None:
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         twin = _stand_in(block, generator, {})
+        _use_sdpa(child(twin, layout.attention.owner))
         channels = child(twin, layout.norms.before).normalized_shape[0]
         x = torch.randn(2, TOKENS, channels, generator=generator)
         try:
@@ -64,6 +67,15 @@ def _stand_in(module: nn.Module, generator: torch.Generator, memo: dict[int, nn.
         n: None if child is None else _stand_in(child, generator, memo) for n, child in module._modules.items()
     }
     return twin
+
+
+def _use_sdpa(owner: Any) -> None:
+    """Attention implementations of other kinds may need a GPU, or be the user's own: whether one is asked for is looked at
+    in every call, the probe proves the rest of the block."""
+    config = getattr(owner, "config", None)
+    if hasattr(config, "_attn_implementation"):
+        owner.__dict__["config"] = copy.copy(config)
+        owner.config._attn_implementation = "sdpa"
 
 
 def _random(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:

@@ -132,4 +132,4 @@ def _why_own_forward(
         rank = attn_mask.dim()
         if rank not in (2, 4) or (attn_mask.dtype != torch.bool and not attn_mask.is_floating_point()):
             return f"it was called with a {attn_mask.dtype} mask of rank {rank}"
-    return why_not_now(block, serving.layout) or (x, attn_mask, is_causal)
+    return why_not_now(block, serving.layout, attn_mask is not None) or (x, attn_mask, is_causal)

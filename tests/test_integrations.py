@@ -1,0 +1,551 @@
+"""How blocks are recognised, proved, refused, and handed on to each other; and what each library expects of its models."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import fastvit
+from fastvit.integrations import block, handoff, swap
+from fastvit.integrations.parts import find_layout
+from tests.models_for_acceleration import (
+    Encoder,
+    OldDinov2Layer,
+    OldViTLayer,
+    PostNormLayer,
+    hf_dinov2,
+    hf_vit,
+    image,
+    old_vit,
+    perturb,
+    timm_vit,
+    tokens,
+)
+
+
+def relative(actual, expected) -> float:
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
+class LoraLinear(nn.Module):
+    """Stands for any adapter or quantized layer in a Linear's place."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+# --- what is refused, with its reason -----------------------------------------------------------------------------------
+
+
+def _unknown_child(layer):
+    layer.adapter = nn.Linear(48, 48)
+
+
+def _lora(layer):
+    layer.attention.attention.value = LoraLinear(layer.attention.attention.value)
+
+
+def _parametrized(layer):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    parametrize.register_parametrization(layer.attention.output.dense, "weight", Doubled())
+
+
+def _tanh(layer):
+    layer.intermediate.intermediate_act_fn = nn.Tanh()
+
+
+def _rms(layer):
+    layer.layernorm_before = nn.RMSNorm(48)
+
+
+def _no_heads(layer):
+    del layer.attention.attention.num_attention_heads
+
+
+def _odd_heads(layer):
+    layer.attention.attention.num_attention_heads = 5
+
+
+def _own_forward(layer):
+    layer.forward = lambda hidden_states: hidden_states
+
+
+def _hooked_forward(layer):
+    layer._old_forward = layer.forward
+    layer.forward = lambda *args, **kwargs: layer._old_forward(*args, **kwargs)
+
+
+def _sharded(layer):
+    class FSDPModule:
+        pass
+
+    layer.__class__ = type("FSDPOldViTLayer", (FSDPModule, OldViTLayer), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_unknown_child, "unknown child 'adapter' (Linear)"),
+        (_lora, "attention.attention.value is a LoraLinear, not a plain Linear"),
+        (_parametrized, "attention.output.dense is a ParametrizedLinear, not a plain Linear"),
+        (_tanh, "intermediate.intermediate_act_fn is a Tanh, an activation without a fused form"),
+        (_rms, "layernorm_before is a RMSNorm, not a LayerNorm"),
+        (_no_heads, "attention.attention does not say its number of heads"),
+        (_odd_heads, "query, key and value do not have 5 heads of one size each"),
+        (_own_forward, "it has a forward of its own, set on the instance"),
+        (_hooked_forward, "accelerate's hooks hold its forward"),
+        (_sharded, "it is sharded by FSDP"),
+    ],
+)
+def test_what_cannot_be_served_is_left_alone_with_its_reason(change, reason):
+    model, x = old_vit(), tokens()
+    change(model.layer[1])
+    classes = [type(m) for m in model.layer[1].modules()]
+    fastvit.accelerate(model)
+    assert list(fastvit.report(model).replaced) == ["layer.0", "layer.2"]
+    assert fastvit.report(model).skipped["layer.1"].startswith(reason)
+    assert [type(m) for m in model.layer[1].modules()] == classes
+    if change is not _no_heads and change is not _odd_heads:
+        with torch.no_grad():
+            assert model(x).shape == x.shape
+
+
+def test_the_same_children_in_another_computation_are_refused():
+    model = fastvit.accelerate(perturb(Encoder(OldDinov2Layer(), PostNormLayer())))
+    assert list(fastvit.report(model).replaced) == ["layer.0"]
+    assert "its forward computes something else than a pre-norm block" in fastvit.report(model).skipped["layer.1"]
+
+
+def test_timm_blocks_of_other_kinds_are_refused():
+    from timm.models.vision_transformer import DiffParallelScalingBlock, ParallelThingsBlock, ResPostBlock
+
+    for kind in (ResPostBlock, DiffParallelScalingBlock, ParallelThingsBlock):
+        model = fastvit.accelerate(timm_vit(block_fn=kind, depth=1, init_values=None))
+        assert not fastvit.report(model).replaced
+        fastvit.restore(model)
+
+
+def test_the_probe_tells_erf_from_tanh(monkeypatch):
+    from fastvit.integrations import parts
+
+    monkeypatch.setattr(parts, "_activation", lambda module: "gelu_tanh")
+    model = fastvit.accelerate(old_vit())
+    assert not fastvit.report(model).replaced
+
+
+def test_the_probe_touches_neither_model_nor_random_numbers():
+    model = hf_dinov2(drop_path_rate=0.5).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    fastvit.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
+def test_apples_fastvit_has_nothing_to_replace():
+    from timm.models.fastvit import FastVit
+
+    model = FastVit(layers=(1, 1, 1, 1), embed_dims=(16, 16, 32, 32), token_mixers=("repmixer",) * 4, num_classes=3)
+    assert "nothing to replace" in str(fastvit.report(fastvit.accelerate(model)))
+    assert "not accelerated" in str(fastvit.report(fastvit.restore(model)))
+
+
+def test_a_plain_module_is_no_block():
+    assert find_layout(nn.Linear(3, 3)) is None
+    assert find_layout(nn.TransformerEncoderLayer(16, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("activation", "served"),
+    [
+        ("gelu", "GELU"),
+        ("gelu_new", "tanh GELU"),
+        ("gelu_fast", "tanh GELU"),
+        ("gelu_pytorch_tanh", "tanh GELU"),
+        ("quick_gelu", "quick GELU"),
+        ("relu", "ReLU"),
+    ],
+)
+def test_activations_of_transformers(activation, served):
+    model = hf_vit(hidden_act=activation, num_hidden_layers=1)
+    fastvit.accelerate(model)
+    assert fastvit.report(model).replaced == {"layers.0": f"fused attention + add+LayerNorm + {served} MLP"}
+    assert fastvit.verify(model, image()).relative_error <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["GELU", "GELUTanh", "QuickGELU"])
+def test_activations_of_timm(name):
+    import timm.layers
+
+    model = fastvit.accelerate(timm_vit(act_layer=getattr(timm.layers, name), depth=1))
+    assert len(fastvit.report(model).replaced) == 1
+    assert fastvit.verify(model, image()).relative_error <= 1e-5
+
+
+def test_an_activation_without_a_fused_form_is_reported():
+    model = fastvit.accelerate(hf_vit(hidden_act="silu"))
+    assert set(fastvit.report(model).skipped.values()) == {
+        "mlp.activation_fn is a SiLUActivation, an activation without a fused form"
+    }
+
+
+def test_norms_keep_their_own_eps():
+    model = old_vit()
+    model.layer[1].layernorm_after.eps = 0.5
+    x = tokens()
+    with torch.no_grad():
+        expected = model(x)
+        assert relative(fastvit.accelerate(model)(x), expected) <= 1e-5
+
+
+def test_transformers_models_of_the_same_layout_come_for_free():
+    from transformers import DeiTConfig, DeiTModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 24, "patch_size": 8}
+    for model in (DeiTModel(DeiTConfig(**sizes)), Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes))):
+        fastvit.accelerate(perturb(model))
+        assert len(fastvit.report(model).replaced) == 2
+        assert fastvit.verify(model, image()).relative_error <= 1e-5
+
+
+# --- changes after accelerate -------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_put_in_later_is_honoured():
+    model, x = old_vit(), tokens()
+    fastvit.accelerate(model)
+    _lora(model.layer[2])
+    with torch.no_grad():
+        actual = model(x)
+        assert "LoraLinear" in fastvit.report(model).fallbacks["layer.2"]
+        assert relative(actual, fastvit.restore(model)(x)) <= 1e-5
+
+
+def test_a_forward_patched_onto_the_class_later_is_honoured(monkeypatch):
+    model, x = old_vit(), tokens()
+    fastvit.accelerate(model)
+    monkeypatch.setattr(OldViTLayer, "forward", lambda self, hidden_states: hidden_states * 2)
+    assert torch.equal(model(x), 8 * x)
+    assert fastvit.report(model).fallbacks["layer.0"] == "its class was given another forward"
+
+
+def test_a_wrapped_block_is_not_restored_over():
+    model = fastvit.accelerate(old_vit())
+    kind = type(model.layer[0])
+    model.layer[0].__class__ = type("Wrapped", (kind,), {})
+    for action in (fastvit.restore, fastvit.accelerate):
+        with pytest.raises(ValueError, match=r"layer\.0 was given the class Wrapped after accelerate"):
+            action(model)
+    model.layer[0].__class__ = kind
+    fastvit.restore(model)
+
+
+# --- transformers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [hf_vit, hf_dinov2])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attentions_and_hidden_states_are_collected_as_before(build, implementation):
+    model, x = build(attn_implementation=implementation), image()
+    with torch.no_grad():
+        for wanted in ({"output_attentions": True}, {"output_hidden_states": True}, {}):
+            expected = model(x, **wanted)
+            fastvit.accelerate(model)
+            actual = model(x, **wanted)
+            reasons = set(fastvit.report(model).fallbacks.values())
+            assert bool(reasons) == ("output_attentions" in wanted), reasons
+            fastvit.restore(model)
+            assert actual.keys() == expected.keys()
+            for key in ("attentions", "hidden_states"):
+                ours, theirs = getattr(actual, key, None), getattr(expected, key, None)
+                assert (ours is None) == (theirs is None)
+                assert len(ours or ()) == len(theirs or ())
+                for a, b in zip(ours or (), theirs or (), strict=True):
+                    assert relative(a, b) <= 1e-5
+            assert relative(actual.last_hidden_state, expected.last_hidden_state) <= 1e-5
+
+
+def test_attentions_of_a_pinned_eager_model_have_weights():
+    model = fastvit.accelerate(hf_vit(attn_implementation="eager"))
+    with torch.no_grad():
+        attentions = model(image(), output_attentions=True).attentions
+    assert [a.shape for a in attentions] == [(2, 3, 10, 10)] * 3
+
+
+def test_no_split_modules_still_finds_the_blocks():
+    model = fastvit.accelerate(hf_dinov2())
+    names = [type(m).__name__ for m in model.modules()]
+    assert all(name in names for name in model._no_split_modules)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks_of_transformers(kind):
+    model = hf_vit()
+    allowed = torch.ones(2, 1, 10, 10, dtype=torch.bool)
+    allowed[0, :, :, 7:] = False
+    mask = allowed if kind is torch.bool else torch.zeros(2, 1, 10, 10).masked_fill(~allowed, torch.finfo(kind).min)
+    x = torch.randn(2, 10, 48)
+    with torch.no_grad():
+        expected = model.layers[0](x, mask)
+        fastvit.accelerate(model)
+        assert relative(model.layers[0](x, mask), expected) <= 1e-5
+        assert relative(model.layers[0](x, attention_mask=mask), expected) <= 1e-5
+    assert not fastvit.report(model).fallbacks
+
+
+def test_an_attention_implementation_of_the_users_own_is_used():
+    from transformers import AttentionInterface
+
+    calls = []
+
+    def own(module, query, key, value, attention_mask, **kwargs):
+        calls.append(1)
+        return value.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("fastvit_test_own", own)
+    model = hf_vit()
+    model.config._attn_implementation = "fastvit_test_own"
+    fastvit.accelerate(model)
+    with torch.no_grad():
+        model(image())
+    assert len(calls) == 3
+    assert "fastvit_test_own" in fastvit.report(model).fallbacks["layers.0"]
+
+
+def test_flash_attention_is_served_where_nothing_is_masked():
+    """It computes what the fused attention computes; only its masks are of another kind."""
+    model = hf_vit()
+    with torch.no_grad():
+        expected = model(image()).last_hidden_state
+        model.config._attn_implementation = "flash_attention_2"
+        fastvit.accelerate(model)
+        x = torch.randn(2, 10, 48)
+        for layer in model.layers:
+            x = layer(x)
+        assert len(fastvit.report(model).replaced) == 3
+        assert not fastvit.report(model).fallbacks
+        model.config._attn_implementation = "sdpa"
+        assert relative(model(image()).last_hidden_state, expected) <= 1e-5
+
+
+def test_save_pretrained_round_trip(tmp_path):
+    from transformers import Dinov2Model
+
+    model = fastvit.accelerate(hf_dinov2())
+    model.save_pretrained(tmp_path)
+    again = Dinov2Model.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert relative(again(image()).last_hidden_state, model(image()).last_hidden_state) <= 1e-5
+
+
+# --- timm ---------------------------------------------------------------------------------------------------------------
+
+
+def test_masks_and_causality_of_timm():
+    model, x = timm_vit(), torch.randn(2, 10, 48)
+    mask = torch.rand(10, 10) > 0.3
+    mask.fill_diagonal_(True)
+    calls = ({"attn_mask": mask}, {"is_causal": True}, {"attn_mask": torch.randn(2, 1, 10, 10)})
+    with torch.no_grad():
+        expected = [model.blocks[0](x, **call) for call in calls]
+        fastvit.accelerate(model)
+        for call, out in zip(calls, expected, strict=True):
+            assert relative(model.blocks[0](x, **call), out) <= 1e-5
+            assert swap.ATTRIBUTE in model.blocks[0].__dict__
+            assert not fastvit.report(model).fallbacks
+
+
+def test_gated_attention_of_timm():
+    from timm.layers import Attention
+
+    class Gated(Attention):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, gated=True, **kwargs)
+
+    model = fastvit.accelerate(timm_vit(attn_layer=Gated))
+    assert len(fastvit.report(model).replaced) == 3
+    assert fastvit.verify(model, image()).relative_error <= 1e-5
+
+
+def test_intermediate_features_of_timm():
+    model, x = timm_vit(), image()
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, indices=[0, 2])
+        actual = fastvit.accelerate(model).forward_intermediates(x, indices=[0, 2])
+    assert relative(actual[0], expected[0]) <= 1e-5
+    for ours, theirs in zip(actual[1], expected[1], strict=True):
+        assert relative(ours, theirs) <= 1e-5
+
+
+# --- handoff ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handed(monkeypatch):
+    """Lets the torch backend hand norms over, as Triton does, and counts the norms that were taken."""
+    monkeypatch.setattr(handoff, "BACKENDS", ("triton", "torch"))
+    taken = []
+    real = handoff.collect
+
+    def counting(x, norm):
+        found = real(x, norm)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(block.handoff, "collect", counting)
+    return taken
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("build", [old_vit, lambda: perturb(Encoder(*(OldDinov2Layer() for _ in range(3))))])
+def test_a_block_takes_the_norm_that_the_one_before_computed(handed, build, mode):
+    model, x = build(), tokens()
+    with mode():
+        expected = model(x)
+        actual = fastvit.accelerate(model)(x)
+    assert relative(actual, expected) <= 1e-5
+    assert handed[-3:] == [False, True, True]
+
+
+def _changed_in_place(module, inputs, output):
+    output.add_(1.0)
+
+
+def _changed_through_a_view(module, inputs, output):
+    output[:, 0].mul_(3.0)
+
+
+def _another_tensor(module, inputs, output):
+    return output + 1.0
+
+
+def _equal_copy(module, inputs, output):
+    return output.clone()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("between", [_changed_in_place, _changed_through_a_view, _another_tensor, _equal_copy])
+def test_anything_in_between_is_seen(handed, between, mode):
+    model, x = old_vit(), tokens()
+    model.layer[0].register_forward_hook(between)
+    with mode():
+        expected = model(x)
+        actual = fastvit.accelerate(model)(x)
+    assert relative(actual, expected) <= 1e-5
+    assert handed[-3:] == [False, False, True]
+
+
+def test_a_norm_changed_or_replaced_in_between_is_seen(handed):
+    model, x = old_vit(), tokens()
+    fastvit.accelerate(model)
+
+    def doubled(module, inputs, output):
+        model.layer[1].layernorm_before.weight.mul_(2.0)
+
+    handle = model.layer[0].register_forward_hook(doubled)
+    with torch.no_grad():
+        actual = model(x)
+        handle.remove()
+        assert handed[-3:] == [False, False, True]
+        assert relative(actual, fastvit.restore(model)(x)) <= 1e-5
+        fastvit.accelerate(model)
+        model.layer[2].layernorm_before = copy.deepcopy(model.layer[0].layernorm_before)
+        actual = model(x)
+        assert handed[-3:] == [False, True, False]
+        assert relative(actual, fastvit.restore(model)(x)) <= 1e-5
+
+
+def test_nothing_is_handed_over_where_gradients_are_wanted(handed):
+    model = fastvit.accelerate(old_vit())
+    model(tokens()).sum().backward()
+    assert not any(handed)
+
+
+def test_the_torch_backend_hands_nothing_over():
+    model = fastvit.accelerate(old_vit())
+    with torch.no_grad():
+        model(tokens())
+    assert "offer" not in handoff._slot.__dict__
+
+
+def test_an_offer_does_not_outlive_its_tensor(handed):
+    model = fastvit.accelerate(old_vit())
+    with torch.no_grad():
+        out = model.layer[0](tokens())
+    offer = handoff._slot.offer
+    assert offer.normalized is not None
+    del out
+    assert offer.normalized is None
+
+
+def test_copies_hand_over_among_themselves(handed):
+    twin = copy.deepcopy(fastvit.accelerate(old_vit()))
+    norm = twin.layer[1].layernorm_before
+    assert twin.layer[0].__dict__[swap.ATTRIBUTE].next_norm is norm
+    with torch.no_grad():
+        twin(tokens())
+    assert handed[-3:] == [False, True, True]
+
+
+def test_threads_do_not_take_each_others_norms(handed):
+    model = old_vit()
+    inputs = [tokens(seed=number) for number in range(4)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    fastvit.accelerate(model)
+    failures = []
+
+    def work(number):
+        with torch.no_grad():
+            for _ in range(20):
+                if relative(model(inputs[number]), expected[number]) > 1e-5:
+                    failures.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert any(handed)
+
+
+# --- on the kernels -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [old_vit, hf_dinov2, timm_vit])
+def test_a_model_on_the_triton_backend(build, device, triton_backend):
+    model = build().to(device)
+    x = (tokens(1) if isinstance(model, Encoder) else image(1)).to(device)
+    fastvit.accelerate(model)
+    assert "triton" in fastvit.report(model).backend
+    result = fastvit.verify(model, x)
+    assert result.fused_blocks == 3
+    assert result.relative_error <= 1e-5
+
+
+def test_a_pinned_triton_that_cannot_serve_says_why(monkeypatch):
+    from fastvit import backend
+
+    monkeypatch.setattr(backend, "_interpreted", False)
+    model = fastvit.accelerate(old_vit(), backend="triton")
+    assert "calls will fail" in fastvit.report(model).backend
+    with pytest.raises(ValueError, match="backend 'triton' cannot serve"):
+        model(tokens())
