@@ -62,18 +62,22 @@ def _meta(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _packed_qkv(tokens: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """q, k, v as a ViT hands them over: slices of one (B, N, 3, H, D) tensor."""
-    return _meta(2, tokens, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _attention(dim: int, dtype: torch.dtype = HALF, extra: str = "plain", tokens: int = 197, backward: bool = True) -> None:
-    query, key, value = _packed_qkv(tokens, 12, dim, dtype)
+def _attention(
+    dim: int,
+    dtype: torch.dtype = HALF,
+    extra: str = "plain",
+    tokens: int = 197,
+    queries: int | None = None,
+    backward: bool = True,
+) -> None:
+    """q, k, v as a ViT hands them over, slices of one (B, N, 3, H, D) tensor; ``queries`` takes only so many of them."""
+    query, key, value = _meta(2, tokens, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    query = query if queries is None else query[:, :, :queries]
     mask = rel_h = rel_w = None
     if extra == "boolean mask":
         mask = _meta(2, 1, 1, tokens, dtype=torch.bool)
     if extra == "additive mask":
-        mask = _meta(1, 12, tokens, tokens, dtype=dtype)
+        mask = _meta(1, 12, query.shape[2], tokens, dtype=dtype)
     if extra == "rel":
         side = math.isqrt(tokens)
         rel_h, rel_w = (_meta(2, 12, tokens, side, dtype=dtype) for _ in range(2))
@@ -123,10 +127,12 @@ def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[i
 
 def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, operators run forward and backward) that together reach every row of the table."""
-    attention_ops = tuple(op for op in table(target)["ops"] if op.startswith("attention"))
-    for dim in _bounds(target, "head_dim", attention_ops, 256):
-        yield f"attention bf16 D={dim}", partial(_attention, dim)
-        yield f"attention fp32 D={dim}", partial(_attention, dim, SINGLE)
+    whens = [row["when"] for op, rows in table(target)["ops"].items() if op.startswith("attention") for row in rows]
+    corners = {(when.get("element_size", 4), when.get("head_dim", 256), when.get("queries")) for when in whens}
+    for element_size, dim, queries in sorted(corners, key=str):
+        name, dtype = ("bf16", HALF) if element_size == 2 else ("fp32", SINGLE)
+        few = f", {queries} queries" if queries else ""
+        yield f"attention {name} D={dim}{few}", partial(_attention, dim, dtype, queries=queries, backward=not queries)
     for extra in ("boolean mask", "additive mask", "causal"):
         yield f"attention bf16 D=64 {extra}", partial(_attention, 64, extra=extra)
     for dim in (64, 80):

@@ -81,10 +81,11 @@ def _attention_backward_mask(
     row_end = queries if ONE_ROW else tl.minimum(first_row + BLOCK_M, queries)
     column_end = keys if ONE_COLUMN else tl.minimum(first_column + BLOCK_N, keys)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for batch in range(mask_index // mask_heads, batches, batch_step):
-        for head in range(mask_index % mask_heads, heads, head_step):
+    for batch_index in range(mask_index // mask_heads, batches, batch_step):
+        for head_index in range(mask_index % mask_heads, heads, head_step):
+            batch, head = tl.full([], batch_index, tl.int64), tl.full([], head_index, tl.int64)
             key_head = head // groups
-            index = (batch * heads + head).to(tl.int64) * queries
+            index = (batch * heads + head) * queries
             head_q_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
             head_k_ptr = k_ptr + batch * stride_k_batch + key_head * stride_k_head
             head_v_ptr = v_ptr + batch * stride_v_batch + key_head * stride_v_head
