@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import Library
 
 library = Library("fastvit", "DEF")
@@ -56,8 +57,9 @@ def run_backward(operator: Any, *args: Any) -> tuple:
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform hides whether one is."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
+    differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""
+    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
         return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 

@@ -63,7 +63,7 @@ def attention_backward(
     dk = _new_heads(key, batch, key_heads, keys, dim)
     dv = _new_heads(value, batch, key_heads, keys, value_dim)
     delta = torch.empty_like(lse)
-    drel_h = drel_w = dmask = query.new_empty(0)
+    drel_h, drel_w, dmask = (query.new_empty(0) for _ in range(3))  # outputs of an operator may not share memory
     if batch * heads == 0:
         likes = (attn_mask if wants_mask else None, rel_h, rel_w)
         return dq, dk.zero_(), dv.zero_(), *(query.new_empty(0) if t is None else torch.zeros_like(t) for t in likes)

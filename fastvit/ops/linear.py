@@ -162,13 +162,12 @@ def mlp_backward(
     """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each empty where ``wants`` says so."""
     dy, x, w1, w2 = _matrix(grad), _matrix(input), _matrix(fc1_weight), _matrix(fc2_weight)
     pre = pre.view(-1, w1.shape[0])
-    empty = input.new_empty(0)
     hidden = None
     if wants[3]:
         hidden = pre if activation is None else pre.new_empty(pre.shape)
-    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else empty
+    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else input.new_empty(0)
     dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
-    dfc2_weight = empty if hidden is None else _weight_gradient(dy, hidden)
+    dfc2_weight = input.new_empty(0) if hidden is None else _weight_gradient(dy, hidden)
     del hidden
     dinput = _product(dpre, w1.t()).view(input.shape) if wants[0] else input.new_empty(0)
     dfc1_weight = _weight_gradient(dpre, x) if wants[1] else input.new_empty(0)
