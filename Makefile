@@ -1,4 +1,5 @@
-# Every target sets up what it needs in $(VENV), once. Overridable: PYTHON, VENV, PIP_FLAGS; PART and OUT for `make gpu`.
+# Every target sets up what it needs in $(VENV), once. Overridable: PYTHON, VENV, OUT, WORKERS, PIP_FLAGS, ARGS (more options
+# for what a target runs), and PART for `make gpu`.
 PYTHON ?= python3
 VENV ?= .venv
 PIP_FLAGS ?= --quiet --disable-pip-version-check
@@ -17,9 +18,9 @@ SEES_A_GPU := import torch, sys; sys.exit(not torch.cuda.is_available())
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(VENV)/.dev  ## the environment for all the rest, in $(VENV)
+install: $(VENV)/.dev  ## the environment for all the rest, in .venv
 
-demo: $(VENV)/.demo  ## accelerate a real ViT on a real photograph; pictures and numbers go to $(OUT)/
+demo: $(VENV)/.demo  ## accelerate a real ViT on a real photograph; pictures and numbers go to out/
 	$(BIN)/python -m fastvit demo --out $(OUT) $(ARGS)
 
 pictures: $(VENV)/.demo  ## the demo, and its pictures once more in docs/pictures, small
@@ -40,8 +41,9 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## time whole models on this CPU; JSON goes to $(OUT)/
-	$(BIN)/python -m benchmarks.cpu_models --out $(OUT) $(ARGS)
+bench: $(VENV)/.dev  ## time whole models on this CPU; JSON goes to out/
+	@mkdir -p $(OUT)
+	$(BIN)/python -m benchmarks.cpu_models --json $(OUT)/cpu_models.json $(ARGS)
 
 # A GPU machine usually has its own PyTorch and perhaps no network: use the active Python where it sees a GPU.
 gpu:  ## the tests and the kernels' timings on a GPU (PART=..., OUT=...); exits 2 where there is none
@@ -50,7 +52,7 @@ gpu:  ## the tests and the kernels' timings on a GPU (PART=..., OUT=...); exits 
 	else echo "make gpu: $(PYTHON) has no PyTorch that sees a GPU, and there is no $(VENV); nothing was run" >&2; exit 2; fi; \
 	PYTHONPATH=. "$$python" -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(ARGS)
 
-clean:  ## remove what was built and written, and keep $(VENV)
+clean:  ## remove what was built and written, and keep the environment
 	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
