@@ -58,6 +58,7 @@ def biased_scores(
     stride_mask_row,
     stride_mask_column,
     MASK: tl.constexpr,
+    WIDE_MASK: tl.constexpr,  # one head's part of the mask spans 2³¹ elements or more
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -70,7 +71,11 @@ def biased_scores(
     if HAS_REL:
         scores += rel
     if MASK != "none":
-        offsets = row * stride_mask_row + column * stride_mask_column
+        # 32-bit offsets wherever they reach: 64-bit ones for a whole tile of scores would not fit the registers.
+        if WIDE_MASK:
+            offsets = row * stride_mask_row + column * stride_mask_column
+        else:
+            offsets = row.to(tl.int32) * stride_mask_row + column.to(tl.int32) * stride_mask_column
         exists = (row < queries) & (column < key_end)
         if MASK == "additive":
             scores += tl.load(mask_ptr + offsets, mask=exists, other=float("-inf")).to(tl.float32)

@@ -41,6 +41,7 @@ def _attend(
     stride_mask_column,
     scale,
     MASK: tl.constexpr,
+    WIDE_MASK: tl.constexpr,
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -72,6 +73,7 @@ def _attend(
         stride_mask_row,
         stride_mask_column,
         MASK,
+        WIDE_MASK,
         HAS_REL,
         CAUSAL,
         BOUNDED,
@@ -128,6 +130,7 @@ def _attention_forward(
     stride_out_row,
     scale,
     MASK: tl.constexpr,
+    WIDE_MASK: tl.constexpr,
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
@@ -193,6 +196,7 @@ def _attention_forward(
                     stride_mask_column,
                     scale,
                     MASK,
+                    WIDE_MASK,
                     True,
                     CAUSAL,
                     not EVEN_COLUMNS,
@@ -234,6 +238,7 @@ def _attention_forward(
                 stride_mask_column,
                 scale,
                 MASK,
+                WIDE_MASK,
                 False,
                 False,
                 False,
@@ -268,6 +273,7 @@ def _attention_forward(
                 stride_mask_column,
                 scale,
                 MASK,
+                WIDE_MASK,
                 False,
                 CAUSAL,
                 True,
@@ -304,9 +310,11 @@ def mask_arguments(mask: torch.Tensor | None) -> dict:
     """Pointer and broadcast strides of a four-dimensional mask (bool as bytes)."""
     names = ("stride_mask_batch", "stride_mask_head", "stride_mask_row", "stride_mask_column")
     if mask is None:
-        return {"mask_ptr": None, **dict.fromkeys(names, 0)}
-    strides = (0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True))
-    return {"mask_ptr": mask.view(torch.uint8) if mask.dtype == torch.bool else mask, **dict(zip(names, strides, strict=True))}
+        return {"mask_ptr": None, "WIDE_MASK": False, **dict.fromkeys(names, 0)}
+    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
+    span = sum(size * stride for size, stride in zip(mask.shape[2:], strides[2:], strict=True))
+    pointer = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return {"mask_ptr": pointer, "WIDE_MASK": span >= 2**31, **dict(zip(names, strides, strict=True))}
 
 
 def common_arguments(
