@@ -24,7 +24,7 @@ BIAS_ROWS = 256
 
 @functools.cache
 def _cpu_vendor() -> str:
-    """ "amd", "intel" or "other"; "other" also where the CPU lacks AVX2 or PyTorch lacks oneDNN."""
+    """amd, intel or other; other also where the CPU lacks AVX2 or PyTorch lacks oneDNN."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return "other"
     if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
