@@ -1,0 +1,33 @@
+"""The table of cases under pytest-benchmark: on a GPU at full size, elsewhere the torch backend on small ones.
+
+pytest benchmarks/test_benchmarks.py --benchmark-compare
+"""
+
+import pytest
+import torch
+
+import fastvit
+from benchmarks import cases, gpu
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "case", [case for group in cases.ALL.values() for case in group], ids=lambda case: f"{case.op} {case.name}"
+)
+def test_case(benchmark, case, direction):
+    case = case if DEVICE == "cuda" else case.small()
+    ours, _, _ = gpu.contestants(case)
+    inputs = case.inputs(torch.bfloat16, DEVICE, requires_grad=direction == "backward")
+    with fastvit.use_backend("auto"):
+        out = ours(**inputs)
+        upstream = tuple(torch.randn_like(t) for t in (out if isinstance(out, tuple) else (out,)))
+        (call,) = gpu._calls(ours, [inputs], upstream, direction)
+
+        def run():
+            call()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark(run)
