@@ -307,7 +307,7 @@ def _read_amd(report: Report, text: str) -> None:
 
     report.registers = numbers.get("vgpr_count", 0)
     report.stack = numbers.get("private_segment_fixed_size", 0)
-    report.spills = numbers.get("vgpr_spill_count", 0) + numbers.get("sgpr_spill_count", 0)
+    report.spills = numbers.get("vgpr_spill_count", 0)  # scalar registers spill into vector registers, not into memory
     report.instructions = count(r"[svbgd]\w+")
     report.tensor_core = {"MFMA": count(r"v_mfma\w*")} if count(r"v_mfma\w*") else {}
     report.loads = count(r"(global|buffer)_load\w+")

@@ -37,7 +37,7 @@ def _problems(result: dict) -> list[str]:
             found.append(f"{name} takes {row['shared']} bytes of shared memory of {result['shared_memory']}")
         if row["matrix"] and row["dtype"] != "fp32" and not row["tensor_core"]:
             found.append(f"{name} uses no tensor cores")
-        if not row["wide_loads"]:
+        if not row["wide_loads"] and not (row["matrix"] and row["dtype"] == "fp32"):  # float32 tiles are kept narrow
             found.append(f"{name} has no 16-byte load among its {row['loads']}")
         if row["atomics"]:
             found.append(f"{name} has {row['atomics']} atomics, whose order is not the same twice")
