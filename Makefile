@@ -50,7 +50,8 @@ gpu:  ## the tests and the kernels' timings on a GPU (PART=..., OUT=...); exits 
 	@if $(PYTHON) -c "$(SEES_A_GPU)" 2>/dev/null; then python="$(PYTHON)"; \
 	elif [ -x $(BIN)/python ]; then python=$(BIN)/python; \
 	else echo "make gpu: $(PYTHON) has no PyTorch that sees a GPU, and there is no $(VENV); nothing was run" >&2; exit 2; fi; \
-	PYTHONPATH=. "$$python" -m benchmarks.gpu --out $(OUT) $(if $(PART),--part $(PART)) $(ARGS)
+	PYTHONPATH=. "$$python" -m benchmarks.gpu \
+	$(if $(filter file,$(origin OUT)),,--out $(OUT)) $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:  ## remove what was built and written, and keep the environment
 	rm -rf $(OUT) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

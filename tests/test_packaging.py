@@ -120,7 +120,8 @@ print(tuple(ViTModel(config)(torch.zeros(1, 3, 32, 32)).last_hidden_state.shape)
 
 
 def test_importing_takes_less_than_a_second_and_a_half_beyond_torch():
-    code = "import torch, time; start = time.perf_counter(); import fastvit; print(time.perf_counter() - start)"
+    # processor time: what other processes do on the machine does not stretch it
+    code = "import torch, time; start = time.process_time(); import fastvit; print(time.process_time() - start)"
     assert min(float(python(code, ROOT)) for _ in range(3)) < 1.5
 
 
