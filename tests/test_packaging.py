@@ -88,8 +88,9 @@ def test_the_wheel_holds_what_the_checkout_holds_and_nothing_else(wheel):
 def test_an_editable_install_imports(source, tmp_path):
     pip("install", "--no-deps", "--no-build-isolation", "-I", "--prefix", str(tmp_path), "-e", str(source), cwd=tmp_path)
     site = sysconfig.get_path("purelib", vars={"base": str(tmp_path)})
-    # -S leaves out this environment's own .pth files, one of which may be an editable fastvit
-    setup = f"import sys; sys.path.append({sysconfig.get_path('purelib')!r}); import site; site.addsitedir({site!r})\n"
+    # -S leaves out this environment's own .pth files, one of which may be an editable fastvit whose finder has the same name
+    paths = f"sys.path[:0] = [{site!r}]; sys.path.append({sysconfig.get_path('purelib')!r})"
+    setup = f"import sys; {paths}; import site; site.addsitedir({site!r})\n"
     for file in json.loads(python(setup + IMPORTS, tmp_path, options=("-S",))):
         assert file.startswith(str(source))
 
