@@ -55,13 +55,14 @@ def why_not_triton(device: torch.device) -> str | None:
     return _why_not_gpu(0 if device.index is None else device.index)
 
 
-@torch.compiler.assume_constant_result
 def _why_not_gpu(index: int) -> str | None:
     if index not in _gpu_reasons:
         _gpu_reasons[index] = _probe_gpu(index)
     return _gpu_reasons[index]
 
 
+# What torch.compiler.assume_constant_result sets, without its import of torch._dynamo (which imports Triton).
+_why_not_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _gpu_reasons: dict[int, str | None] = {}
 
 
