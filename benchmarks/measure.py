@@ -55,11 +55,11 @@ def check(name: str, result: Sequence[Tensor], exact: Sequence[Tensor], dtype: t
     return error
 
 
-def measure(calls: Sequence[Callable[[], object]], device: str, budget_s: float = 0.2) -> Timing:
-    """Times the calls in turn, each on its own inputs, for about ``budget_s`` seconds."""
+def measure(calls: Sequence[Callable[[], object]], device: str, budget_s: float = 0.2, graphs: bool = True) -> Timing:
+    """Times the calls in turn, each on its own inputs, for about ``budget_s`` seconds; short ones as a graph's replays."""
     if device == "cpu":
         return _measure_cpu(calls, budget_s)
-    return _measure_cuda(calls, budget_s)
+    return _measure_cuda(calls, budget_s, graphs)
 
 
 def _measure_cpu(calls: Sequence[Callable[[], object]], budget_s: float) -> Timing:
@@ -72,7 +72,7 @@ def _measure_cpu(calls: Sequence[Callable[[], object]], budget_s: float) -> Timi
     return summarize(samples)
 
 
-def _measure_cuda(calls: Sequence[Callable[[], object]], budget_s: float) -> Timing:
+def _measure_cuda(calls: Sequence[Callable[[], object]], budget_s: float, graphs: bool) -> Timing:
     for turn in range(max(WARM_UP, len(calls))):
         calls[turn % len(calls)]()
     torch.cuda.synchronize()
@@ -81,13 +81,10 @@ def _measure_cuda(calls: Sequence[Callable[[], object]], budget_s: float) -> Tim
     calls[0]()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    estimate = _event_times(calls, 10)
-    timing = summarize(estimate)
-    if timing.ms < GRAPH_BELOW_MS:
-        replayed = _graph_times(calls, budget_s)
-        timing = timing if replayed is None else summarize(replayed)
-    else:
-        timing = summarize(_event_times(calls, max(20, min(1000, int(budget_s * 1e3 / timing.ms)))))
+    estimate = summarize(_event_times(calls, 10)).ms
+    replayed = _graph_times(calls, budget_s) if graphs and estimate < GRAPH_BELOW_MS else None
+    repeats = max(20, min(1000, int(budget_s * 1e3 / max(estimate, 1e-3))))
+    timing = summarize(_event_times(calls, repeats) if replayed is None else replayed)
     timing.peak_mb = peak
     return timing
 
