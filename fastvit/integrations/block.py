@@ -38,8 +38,16 @@ def _torch_linear(input, weight, bias=None, *, activation=None):
     return torch_backend.linear(input, weight, bias, activation)
 
 
+def _torch_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"):
+    return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+
+
 TORCH = SimpleNamespace(
-    attention=_torch_attention, layer_norm=_torch_layer_norm, add_layer_norm=_torch_add_layer_norm, linear=_torch_linear
+    attention=_torch_attention,
+    layer_norm=_torch_layer_norm,
+    add_layer_norm=_torch_add_layer_norm,
+    linear=_torch_linear,
+    mlp=_torch_mlp,
 )
 TRITON = functional
 
@@ -126,13 +134,17 @@ def _scale(owner: Any, head_dim: int) -> float:
 def _mlp(block: nn.Module, layout: Layout, ops: Any, x: Tensor) -> Tensor:
     if layout.mlp is None:
         return block.get_submodule(layouts.OPAQUE_MLP)(x)
-    hidden = _linear(ops, child(block, layout.mlp.fc1), x, layout.activation)
-    for module in _active(child(block, layout.mlp.hidden_drop)):
-        hidden = module(hidden)
+    fc1, fc2 = child(block, layout.mlp.fc1), child(block, layout.mlp.fc2)
     hidden_norm = part(block, layout.mlp.hidden_norm)
+    drops = list(_active(child(block, layout.mlp.hidden_drop)))
+    if hidden_norm is None and not drops:
+        return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=layout.activation)
+    hidden = _linear(ops, fc1, x, layout.activation)
+    for module in drops:
+        hidden = module(hidden)
     if hidden_norm is not None:
         hidden = hidden_norm(hidden)
-    return _linear(ops, child(block, layout.mlp.fc2), hidden)
+    return _linear(ops, fc2, hidden)
 
 
 def _linear(ops: Any, module: Any, x: Tensor, activation: str | None = None) -> Tensor:

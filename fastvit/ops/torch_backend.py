@@ -181,7 +181,7 @@ def add_layer_norm(
     elif residual.dtype == branch.dtype == layer_scale.dtype:
         total = torch.addcmul(residual, branch, layer_scale)
     else:
-        total = residual + layer_scale * branch
+        total = (residual + layer_scale * branch).to(torch.promote_types(residual.dtype, branch.dtype))
     return layer_norm(total, weight, bias, eps, "token"), total
 
 
