@@ -139,6 +139,8 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"attention bf16 D={dim} rel, 64×64 tokens", partial(_attention, dim, extra="rel", tokens=4096)
     yield "attention bf16 D=64 rel, 14×14 tokens", partial(_attention, 64, extra="rel", tokens=196, backward=False)
     yield "attention bf16 D=80", partial(_attention, 80, backward=False)
+    yield "attention bf16 D=128 boolean mask", partial(_attention, 128, extra="boolean mask", backward=False)
+    yield "attention fp32 D=128", partial(_attention, 128, SINGLE, backward=False)
     for dtype, name in ((SINGLE, "fp32"), (HALF, "bf16")):
         for dim in _bounds(target, "head_dim", ("attention_backward_mask",), 256):
             yield f"attention {name} D={dim} additive mask", partial(_attention, dim, dtype, extra="additive mask")
