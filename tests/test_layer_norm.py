@@ -11,6 +11,8 @@ from tests.layouts import LAYOUTS, lay_out
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
+SLOW = pytest.mark.slow
+
 
 def _eager(input, weight=None, bias=None, eps=1e-6, *, statistics="token"):
     """PyTorch's own layer norm, in the input's dtype."""
@@ -60,12 +62,16 @@ def test_channels(backend, device, dtype, channels, statistics):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("channels", [5120, 16384, 16385, 20000], ids=["5120", "widest row", "first wide row", "20000"])
+@pytest.mark.parametrize(
+    "channels",
+    [5120, 16384, pytest.param(16385, marks=SLOW), pytest.param(20000, marks=SLOW)],
+    ids=["5120", "widest row", "first wide row", "20000"],
+)
 def test_wide_channels(backend, device, dtype, channels):
     _check(_arguments((3, channels), dtype, device))
 
 
-@pytest.mark.parametrize("channels", [5120, 20000])
+@pytest.mark.parametrize("channels", [5120, pytest.param(20000, marks=SLOW)])
 def test_wide_images(backend, device, channels):
     _check(_arguments((2, 3, channels), torch.bfloat16, device), statistics="image")
 
@@ -199,7 +205,7 @@ def test_add_channels(backend, device, dtype, channels, scale):
     _check_add(_add_arguments((3, 7, channels), dtype, device, scale=scale))
 
 
-@pytest.mark.parametrize("channels", [16384, 20000])
+@pytest.mark.parametrize("channels", [pytest.param(16384, marks=SLOW), 20000])
 @pytest.mark.parametrize("scale", [True, False], ids=["layer scale", "no layer scale"])
 def test_add_wide_channels(backend, device, channels, scale):
     _check_add(_add_arguments((3, channels), torch.bfloat16, device, scale=scale))
