@@ -27,10 +27,10 @@ pictures: $(VENV)/.demo  ## the demo, and its pictures once more in docs/picture
 	$(BIN)/python -m fastvit demo --out $(OUT) --docs docs/pictures $(ARGS)
 
 test: $(VENV)/.dev  ## the whole test suite
-	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-fast: $(VENV)/.dev  ## the tests that take seconds
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not aot and not full" $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not aot and not full" $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

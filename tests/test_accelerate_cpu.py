@@ -26,6 +26,7 @@ def onednn_calls(monkeypatch):
     calls = []
     real = torch_backend._onednn_linear
     monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
+    monkeypatch.setattr(torch_backend, "ONEDNN_MIN_PRODUCTS", 0)
     monkeypatch.setattr(torch_backend, "_onednn_linear", lambda *arguments: calls.append(1) or real(*arguments))
     return calls
 
@@ -53,6 +54,18 @@ def test_onednn_gives_the_reference(onednn_calls, activation, layout):
 
 
 @needs_onednn
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_onednn_errs_no_more_than_pytorch_in_bfloat16(onednn_calls, activation):
+    x, weight, bias = operands(torch.bfloat16)
+    exact = reference.linear(x.double(), weight.double(), bias.double(), activation=activation)
+    with torch.no_grad():
+        error = (functional.linear(x, weight, bias, activation=activation) - exact).abs().max()
+    assert onednn_calls
+    assert error <= 2 * (reference.linear(x, weight, bias, activation=activation) - exact).abs().max()
+
+
+@needs_onednn
 def test_onednn_keeps_the_tails_of_gelu(onednn_calls):
     x = torch.linspace(-12, 12, 2001)[:, None]
     with torch.no_grad():
@@ -77,7 +90,7 @@ def test_what_onednn_may_not_serve(onednn_calls):
     weight = weight.detach()
     with torch.no_grad():
         assert functional.linear(x[:0], weight, bias).shape == (0, 5, 40)
-        functional.linear(*operands(torch.bfloat16))
+        functional.linear(*operands(torch.float16))
         functional.linear(*operands(torch.float64))
         torch.func.vmap(lambda row: functional.linear(row, weight, bias))(x)
         torch.func.jvp(lambda t: functional.linear(t, weight, bias, activation="gelu"), (x,), (x,))

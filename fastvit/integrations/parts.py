@@ -40,11 +40,13 @@ class Layout:
 
 
 def child(module: nn.Module, path: str | None) -> Any:
-    """The descendant module at ``path``, or None where there is none."""
-    found: Any = module
-    for name in path.split(".") if path else ("",):
-        found = getattr(found, name, None)
-    return found if isinstance(found, nn.Module) else None
+    """The descendant module at ``path``, or None where there is none. Some fifty look-ups a call: straight to the table."""
+    found: Any = module if path else None
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name)
+        if found is None:
+            break
+    return found
 
 
 def part(module: nn.Module, path: str | None) -> Any:

@@ -3,7 +3,7 @@
 Same results as ``fastvit.reference``, lean in memory: no N×M bias or score matrix beyond a block of query rows, and
 in inference no intermediate that could be written over. Everything is differentiable by PyTorch's autograd.
 
-On x86 CPUs in inference, float32 linears go to oneDNN where it is the faster library (see ``_onednn``): bias and
+On x86 CPUs in inference, linears go to oneDNN where it is the faster library (see ``_onednn``): bias and
 activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Attention stays with SDPA:
 head by head through oneDNN it took 0.7 of SDPA's time at 1370 tokens, but in dozens of short parallel regions that
 each wait for a thread when the machine is shared, and then it took several times as long.
@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 # Query rows whose bias is held at one time; on 2 CPU cores 256 rows of a 64×64 grid measured fastest (64: +40 %).
 BIAS_ROWS = 256
+
+# Multiplications below which oneDNN's 15 µs of setting up are not earned back (measured on AMD: even at 0.5–1 million).
+ONEDNN_MIN_PRODUCTS = 1_000_000
 
 
 @functools.cache
@@ -39,12 +42,18 @@ def _cpu_vendor() -> str:
     return {"AuthenticAMD": "amd", "GenuineIntel": "intel"}[found.group()] if found else "other"
 
 
+@functools.cache
+def _onednn_multiplies_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     """Whether oneDNN's pointwise-fused linear may and should serve an operator on these tensors.
 
-    May: plain float32 CPU tensors of which no gradient is wanted, run and not traced (the operator has neither autograd nor
-    batching rules, and an exported graph should not name it). Should: always on AMD; on Intel, where MKL is as fast, only
-    for the activation in its epilogue.
+    May: plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, of which no gradient is wanted, run and not
+    traced (the operator has neither autograd nor batching rules, and an exported graph should not name it). Should: from
+    ONEDNN_MIN_PRODUCTS on, always on AMD and in bfloat16 (PyTorch's own goes there too, but without the epilogue); on
+    Intel, where MKL is as fast, float32 only for the activation.
     """
     if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
@@ -52,12 +61,18 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
+            return False
+        if tensor.dtype != torch.float32 and not (tensor.dtype == torch.bfloat16 and _onednn_multiplies_bfloat16()):
             return False
         if tensor.numel() == 0 or (needs_grad and tensor.requires_grad):
             return False
+    input, weight = tensors[0], tensors[1]
+    if input is None or weight is None or input.numel() * weight.shape[0] < ONEDNN_MIN_PRODUCTS:
+        return False
     vendor = _cpu_vendor()
-    if vendor == "other" or (vendor == "intel" and activation not in _ONEDNN_ACTIVATIONS):
+    mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
+    if vendor == "other" or (mkl_as_fast and activation not in _ONEDNN_ACTIVATIONS):
         return False
     return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or _forward_ad_active())
 
