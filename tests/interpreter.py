@@ -2,8 +2,7 @@
 
 The stock interpreter (3.6 to 3.9) computes bfloat16 on its bits as if they were integers, truncates where a GPU rounds,
 hands 0 to a masked load that names no ``other=`` (a GPU hands over whatever the register held), lets a 32-bit offset wrap
-around in silence and ignores ``tl.device_assert``. ``repair()`` mends these; ``test_interpreter.py`` shows each of them. It
-also stops the interpreter from re-installing its patches at every call of a device function, which took most of its time.
+around in silence and ignores ``tl.device_assert``. ``repair()`` mends these; ``test_interpreter.py`` shows each of them.
 """
 
 import dataclasses
