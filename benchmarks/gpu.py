@@ -2,9 +2,11 @@
 
     python -m benchmarks.gpu [--part tests|attention|linear|layer_norm|models] [--out DIR]
 
-Writes ``DIR/<gpu>/<date>-<commit>.json`` and prints a table, losses first. A part run alone joins the file of the same
-day and commit. Each row's result is checked against float64 before it is timed. Without a GPU: one sentence and exit
-status 2. ``--device cpu`` walks through the same code with tiny shapes, measures nothing worth keeping and writes nothing.
+Writes ``DIR/<gpu>/<date>-<commit>.json`` after every row, so that a run cut short keeps what it measured, and prints a
+table, losses first. A part run alone joins the file of the same day and commit (``FASTVIT_COMMIT`` names the commit where
+git cannot). After ``--deadline`` seconds nothing more is begun; shortly before, torch.compile is left out. Each row's result
+is checked against float64 before it is timed. Without a GPU: one sentence and exit status 2. ``--device cpu`` walks through
+the same code with tiny shapes, measures nothing worth keeping and writes nothing.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -34,7 +37,8 @@ from fastvit import functional, reference
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("tests", "attention", "linear", "layer_norm", "models")
-BUDGET_S = 360  # from here on nothing is compiled by torch.compile any more, and the rows say so
+DEADLINE_S = 440  # from here on nothing is begun
+COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out, and the rows say so
 
 Function = Callable[..., Any]
 
@@ -287,6 +291,11 @@ def run_model(label: str, build: Callable, shape: list[int], ceilings: dict[str,
             row["unavailable"][name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
     try:
         accelerated = fastvit.accelerate(model)
+        timed("accelerated", accelerated)
+        served = fastvit.report(accelerated)
+        if not served.replaced or served.fallbacks:
+            raise RuntimeError(f"not served: {served.fallbacks or served.skipped or 'no block of a known layout'}")
+        row["served_blocks"] = len(served.replaced)
         candidates = {"accelerated": lambda: accelerated, "accelerated, compiled": lambda: _compiled(accelerated)}
         for name, make in candidates.items():
             if device == "cpu" and name != "accelerated":
@@ -330,17 +339,21 @@ def environment(device: str) -> dict[str, Any]:
         "fastvit": fastvit.__version__,
     }
     if device != "cuda":
-        return {"gpu": "none", "driver": "none", "commit": _output_of("git", "rev-parse", "HEAD"), "versions": versions}
+        return {"gpu": "none", "driver": "none", "commit": _commit(), "versions": versions}
     versions["cuda"] = str(torch.version.cuda or torch.version.hip)
     query = ("nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader")
-    driver, *state = (part.strip() for part in _output_of(*query).splitlines()[0].split(","))
+    driver, *state = (part.strip() for part in _output_of(*query).partition("\n")[0].split(","))
     return {
         "gpu": torch.cuda.get_device_name(0),
         "driver": driver,
         "clocks": state,
-        "commit": _output_of("git", "rev-parse", "HEAD"),
+        "commit": _commit(),
         "versions": versions,
     }
+
+
+def _commit() -> str:
+    return os.environ.get("FASTVIT_COMMIT") or _output_of("git", "rev-parse", "HEAD")
 
 
 def result_path(out: Path, about: dict[str, Any], day: datetime.date) -> Path:
@@ -374,62 +387,116 @@ def print_rows(rows: list[dict]) -> None:
         print(f"{name} {row['ours_ms']:9.4f} {peer} {row['floor_ms'] / row['ours_ms']:8.0%}  {best}")
 
 
-def run_tests() -> int:
-    """The test suite on the GPU; what only concerns the interpreter or needs minutes of compiling is left out."""
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail=20", "-m", "not aot and not full", str(ROOT / "tests")]
+def run_tests(out: Path) -> int:
+    """The test suite on the GPU, its log beside the results; what only concerns compiling for absent GPUs is left out."""
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-m", "not aot and not full", str(ROOT / "tests")]
+    command += [f"--junitxml={out / 'gpu-tests.xml'}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "8"]  # most of the time goes into compiling, which the processes share out
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout=120"]
     return subprocess.run(command, cwd=ROOT).returncode
 
 
-def run(parts: tuple[str, ...], device: str) -> tuple[dict[str, Any], int]:
-    """(the result file's content, the test suite's exit status)."""
-    status = 0
-    if "tests" in parts and device == "cuda":
-        status = run_tests()
+class _Broken(Exception):
+    """A kernel has left the device unusable for this process."""
+
+
+def _row_or_error(label: dict[str, Any], measure_row: Callable[[], dict]) -> dict:
+    """A row; whatever is raised around its measurement is in it."""
+    try:
+        row = measure_row()
+    except Exception as error:
+        row = label | {"ours_ms": None, "peers": {}, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+    return row
+
+
+def _is_sticky(row: dict) -> bool:
+    return any(word in row.get("error", "") for word in ("CUDA error", "AcceleratorError", "HIP error"))
+
+
+def run(
+    parts: tuple[str, ...], device: str, out: Path, deadline_s: float, save: Callable[[dict[str, Any]], None]
+) -> tuple[dict[str, Any], int]:
+    """(the result file's content, the test suite's exit status); ``save`` is handed the content after every row."""
     start = time.monotonic()
+    status = run_tests(out) if "tests" in parts and device == "cuda" else 0
     torch._functorch.config.donated_buffer = False  # backward is timed alone, on one recorded graph
-    ceilings = ceilings_of(device)
-    rows = []
-    for part in parts:
-        for case in cases.ALL.get(part, ()):
-            for direction in ("forward", "backward"):
-                late = time.monotonic() - start > BUDGET_S
+    result = environment(device) | ceilings_of(device) | {"rows": [], "not_begun": []}
+    ceilings = {name: result[name] for name in ("copy_gb_s", "gemm_tflop_s")}
+
+    def add(name: str, label: dict[str, Any], measure_row: Callable[[], dict]) -> None:
+        if time.monotonic() - start > deadline_s:
+            result["not_begun"].append(name)
+            return
+        row = _row_or_error(label, measure_row)
+        result["rows"].append(row)
+        save(result)
+        if _is_sticky(row):
+            raise _Broken(f"{name}: {row['error']}")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    timed_parts = [part for part in parts if part != "tests"]
+    try:
+        for index, part in enumerate(timed_parts):
+            begun = time.monotonic()
+            share = max(deadline_s - (begun - start), 0) / (len(timed_parts) - index) * COMPILING_SHARE
+
+            def late(begun: float = begun, share: float = share) -> bool:
+                return time.monotonic() - begun > share
+
+            for case in cases.ALL.get(part, ()):
                 subject = case if device == "cuda" else case.small()
-                try:
-                    rows.append(run_case(subject, "bf16", direction, ceilings, device, late))
-                except torch.OutOfMemoryError as error:
-                    print(f"{case.op} {case.name} {direction}: left out, {str(error).splitlines()[0]}", file=sys.stderr)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-        if part == "models" and device == "cuda":
-            for label, build, shape in _models():
-                rows.append(run_model(label, build, shape, ceilings, device, time.monotonic() - start > BUDGET_S))
-                torch.cuda.empty_cache()
-    return environment(device) | ceilings | {"rows": rows}, status
+                for direction in ("forward", "backward"):
+                    label = {"case": case.name, "op": case.op, "pass": direction, "dtype": "bf16", "shape": subject.shape}
+                    arguments = (subject, "bf16", direction, ceilings, device)
+                    name = f"{case.op} {case.name} {direction}"
+                    add(name, label, lambda a=arguments, late=late: run_case(*a, late()))
+            if part == "models" and device == "cuda":
+                for title, build, shape in _models():
+                    label = {"case": title, "op": "model", "pass": "forward", "dtype": "bf16", "shape": shape}
+                    model = (title, build, shape, ceilings, device)
+                    add(title, label, lambda m=model, late=late: run_model(*m, late()))
+    except _Broken as error:
+        print(f"benchmarks.gpu: the device is unusable after {error}; stopped there", file=sys.stderr)
+    if result["not_begun"]:
+        print(f"benchmarks.gpu: no time left for {len(result['not_begun'])} rows; run them with --part", file=sys.stderr)
+    return result, status
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], prog="python -m benchmarks.gpu")
     parser.add_argument("--part", choices=PARTS, help="one part instead of all")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder (default: %(default)s)")
+    parser.add_argument("--deadline", type=float, default=DEADLINE_S, help="seconds, tests included (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run that writes nothing")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print(f"benchmarks.gpu: PyTorch {torch.__version__} sees no GPU here; nothing was run", file=sys.stderr)
         return 2
-    result, status = run((options.part,) if options.part else PARTS, options.device)
+
+    older: dict[Path, dict[str, Any] | None] = {}
+
+    def save(result: dict[str, Any]) -> None:
+        if options.device == "cpu":
+            return
+        path = result_path(options.out, result, datetime.date.today())
+        if path not in older:
+            older[path] = json.loads(path.read_text()) if path.exists() else None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(merge(older[path], result), indent=1) + "\n")
+
+    parts = (options.part,) if options.part else PARTS
+    result, status = run(parts, options.device, options.out, options.deadline, save)
     print_rows(result["rows"])
     print(f"ceilings: {result['copy_gb_s']:.0f} GB/s copy, {result['gemm_tflop_s']:.0f} TFLOP/s bf16 matrix product")
     if options.device == "cpu":
         print("a dry run on the CPU: these are no measurements, and nothing was written")
         return 0
     if result["rows"]:
-        path = result_path(options.out, result, datetime.date.today())
-        old = json.loads(path.read_text()) if path.exists() else None
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(merge(old, result), indent=1) + "\n")
-        print(f"wrote {path}")
+        print(f"wrote {result_path(options.out, result, datetime.date.today())}")
     wrong = [row for row in result["rows"] if row.get("error")]
     return 1 if wrong or status else 0
 

@@ -84,8 +84,10 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
     if _recorder is not None:
         _recorder(Launch(kernel, grid, arguments, options, op, dict(row)))
         return
-    if tensor.is_cuda:
+    if not tensor.is_cuda:
+        kernel[grid](**arguments, **options)
+    elif tensor.device.index == torch.cuda.current_device():
+        kernel[grid](**arguments, **options, enable_fp_fusion=True)
+    else:
         with torch.cuda.device(tensor.device):
             kernel[grid](**arguments, **options, enable_fp_fusion=True)
-    else:
-        kernel[grid](**arguments, **options)

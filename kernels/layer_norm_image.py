@@ -199,7 +199,7 @@ def _image_backward_input(
     image, strip = program // strips, program % strips
     index = tl.arange(0, STRIPS)
     present = index < strips
-    size = tokens * channels * 1.0
+    size = 1.0 * tokens * channels
     g_mean = tl.sum(tl.load(strip_g_ptr + image * strips + index, mask=present, other=0.0), axis=0) / size
     projection = tl.sum(tl.load(strip_projection_ptr + image * strips + index, mask=present, other=0.0), axis=0) / size
     mean = tl.load(mean_ptr + image)

