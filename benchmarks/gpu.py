@@ -46,12 +46,12 @@ Function = Callable[..., Any]
 # --- what is compared -----------------------------------------------------------------------------------------------------
 
 
-def _sdpa(backend: SDPBackend, query, key, value, attn_mask=None, rel_h=None, rel_w=None, is_causal=False):
-    """PyTorch's fused attention as models call it: a decomposed bias has to be written out first."""
+def _sdpa(backend: SDPBackend | None, query, key, value, attn_mask=None, rel_h=None, rel_w=None, is_causal=False):
+    """PyTorch's fused attention as models call it (its own choice without a backend): a decomposed bias is written out first."""
     bias = attn_mask
     if rel_h is not None:
         bias = (rel_h.unsqueeze(-1) + rel_w.unsqueeze(-2)).flatten(-2)
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=is_causal)
 
 
@@ -87,6 +87,7 @@ def contestants(case: cases.Case) -> tuple[Function, Function, dict[str, Functio
         options = {"is_causal": case.causal}
         eager: Function = reference.attention
         backends = {
+            "sdpa": None,
             "sdpa_flash": SDPBackend.FLASH_ATTENTION,
             "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
             "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -98,7 +99,8 @@ def contestants(case: cases.Case) -> tuple[Function, Function, dict[str, Functio
     else:
         eager = {"layer_norm": _eager_layer_norm, "add_layer_norm": _eager_add_layer_norm}[case.op]
     eager = functools.partial(eager, **options)
-    peers = {"eager": eager} | peers | {"compile": eager, "compile_max_autotune": eager}
+    compiled = peers.get("sdpa", eager)  # what a model that is compiled calls
+    peers = {"eager": eager} | peers | {"compile": compiled, "compile_max_autotune": compiled}
     ours = functools.partial(getattr(functional, case.op), **options)
     return ours, functools.partial(getattr(reference, case.op), **options), peers
 
@@ -184,9 +186,12 @@ def run_case(case: cases.Case, dtype_name: str, direction: str, ceilings: dict[s
         )
 
     try:
-        with fastvit.use_backend("triton" if device == "cuda" else "torch"):
+        with fastvit.use_backend("auto" if device == "cuda" else "torch"):  # what a user gets, dispatch included
             row["max_error"], timing = timed("fastvit", ours)
         row |= {"ours_ms": timing.ms, "ours_spread": timing.spread, "peak_mb": timing.peak_mb}
+        if device == "cuda":
+            with fastvit.use_backend("triton"):  # the kernel alone
+                row["kernel_ms"] = timed("kernel", ours)[1].ms
     except Exception as error:  # a failing kernel is a result too
         row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     for name, function in peers.items():
