@@ -380,6 +380,30 @@ def test_results_are_fresh(backend, device):
         assert out.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
 
 
+def _calls(device):
+    """Every operator on inputs that want a gradient; those of more than two dimensions, where a result could be a view."""
+    x, w = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 16), (16, 16)))
+    q = torch.randn(2, 2, 5, 16, device=device, requires_grad=True)
+    return {
+        "attention": lambda: functional.attention(q, q, q),
+        "layer_norm": lambda: functional.layer_norm(x, w[0]),
+        "add_layer_norm": lambda: functional.add_layer_norm(x, x)[0],
+        "linear": lambda: functional.linear(x, w),
+        "mlp": lambda: functional.mlp(x, w, None, w, None),
+    }
+
+
+@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "linear", "mlp"])
+def test_results_may_be_written_over(backend, device, op):
+    """As with PyTorch's own operators; a result of a Function that is a view of something else would refuse."""
+    out = _calls(device)[op]()
+    before = out.detach().clone()
+    out += 1
+    torch.testing.assert_close(out.detach(), before + 1)
+    if op != "attention":  # whose backward needs the result, as that of PyTorch's own does
+        out.sum().backward()
+
+
 def test_the_raw_operator_is_what_the_wrapper_calls(triton_backend, device):
     q = torch.randn(1, 2, 9, 16, device=device)
     raw = torch.ops.fastvit.attention_forward(q, q, q, None, None, None, False, 0.25)[0]

@@ -1,6 +1,6 @@
 """Attention on the Triton kernels: raw operators, shape functions and the autograd Function.
 
-Results lie in memory as (B, N, H, D) and are returned as (B, H, N, D) views, so that ``transpose(1, 2).flatten(2)`` costs
+Results lie in memory as (B, N, H, D) and are returned as (B, H, N, D), so that ``transpose(1, 2).flatten(2)`` costs
 nothing; inputs are read through their own strides, packed qkv included. Backward keeps q, k, v, the output and one float32
 a row (lse), never a score.
 """
@@ -12,8 +12,8 @@ from ._common import Operator, contiguous, define, distinct, run_backward, wants
 
 
 def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
-    """(batch, heads, rows, dim), laid out (batch, rows, heads, dim)."""
-    return like.new_empty(batch, rows, heads, dim).transpose(1, 2)
+    """(batch, heads, rows, dim), laid out (batch, rows, heads, dim); no view, which would refuse to be written over."""
+    return like.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))
 
 
 def attention_forward(

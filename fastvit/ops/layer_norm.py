@@ -34,9 +34,9 @@ def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
         return None
     if partial.shape[0] == 0:
         return torch.zeros_like(like)
-    out = partial.new_empty(1, partial.shape[1], dtype=like.dtype)
-    reduce.launch_column_sum(partial, out)
-    return out[0]
+    out = partial.new_empty(partial.shape[1], dtype=like.dtype)
+    reduce.launch_column_sum(partial, out.unsqueeze(0))
+    return out
 
 
 def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, bool, bool]) -> tuple:

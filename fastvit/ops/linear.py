@@ -4,6 +4,8 @@ What backward keeps: linear keeps its input and, with an activation, the value b
 value before the activation, and recomputes the hidden layer in the epilogue of the product that needs it anyway.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,16 +19,19 @@ def _matrix(tensor: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, **epilogue) -> Tensor:
-    """a [M, K] · b [N, K]ᵀ + bias → [M, N]. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, shape: Sequence[int] | None = None, **epilogue) -> Tensor:
+    """a [M, K] · b [N, K]ᵀ + bias → [M, N], or ``shape`` of as many elements: allocated so, since a result that is a view
+    refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
     from ..kernels import _launch
     from ..kernels import linear as kernel
 
     fused = any(value is not None for value in epilogue.values())
+    out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
+    rows = out.view(a.shape[0], b.shape[0])
     if get_backend() == "auto" and not fused and not _launch.recording():
-        return torch.addmm(bias, a, b.t()) if bias is not None else a @ b.t()
-    out = a.new_empty(a.shape[0], b.shape[0])
-    kernel.launch_linear(a, b, contiguous(bias), out, **epilogue)
+        torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
+    else:
+        kernel.launch_linear(a, b, contiguous(bias), rows, **epilogue)
     return out
 
 
@@ -45,10 +50,10 @@ def _column_sum(x: Tensor) -> Tensor:
         return x.new_zeros(x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
     partial = x.new_empty(reduce.strips_for(x.shape[0], x), x.shape[1], dtype=torch.float32)
-    out = x.new_empty(1, x.shape[1])
+    out = x.new_empty(x.shape[1])
     reduce.launch_column_sum(x, partial)
-    reduce.launch_column_sum(partial, out)
-    return out[0]
+    reduce.launch_column_sum(partial, out.unsqueeze(0))
+    return out
 
 
 def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
@@ -67,8 +72,8 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activatio
     x, w = _matrix(input), _matrix(weight)
     shape = (*input.shape[:-1], weight.shape[0])
     pre = input.new_empty(shape if save and activation else 0)
-    out = _product(x, w, bias, activation=activation, pre=pre.view(-1, shape[-1]) if save and activation else None)
-    return out.view(shape), pre
+    rows = pre.view(-1, shape[-1]) if save and activation else None
+    return _product(x, w, bias, shape, activation=activation, pre=rows), pre
 
 
 def linear_backward(
@@ -78,7 +83,7 @@ def linear_backward(
     dy, x, w = _matrix(grad), _matrix(input), _matrix(weight)
     if activation:
         dy = _activation_gradient(dy, pre.view(dy.shape), activation)
-    dinput = _product(dy, w.t()).view(input.shape) if wants[0] else input.new_empty(0)
+    dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else input.new_empty(0)
     dweight = _weight_gradient(dy, x) if wants[1] else input.new_empty(0)
     dbias = _column_sum(dy) if wants[2] and has_bias else input.new_empty(0)
     return dinput, dweight, dbias
@@ -169,7 +174,7 @@ def mlp_backward(
     dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
     dfc2_weight = input.new_empty(0) if hidden is None else _weight_gradient(dy, hidden)
     del hidden
-    dinput = _product(dpre, w1.t()).view(input.shape) if wants[0] else input.new_empty(0)
+    dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else input.new_empty(0)
     dfc1_weight = _weight_gradient(dpre, x) if wants[1] else input.new_empty(0)
     dfc1_bias = _column_sum(dpre) if wants[2] and has_fc1_bias else input.new_empty(0)
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
