@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 WARM_UP = 5
-GRAPH_BELOW_MS = 0.1  # shorter than this, launching costs as much as running: a graph's replay is timed
+GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
 
 
 class WrongResult(Exception):
