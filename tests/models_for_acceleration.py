@@ -183,3 +183,42 @@ def old_dinov2():
 
 def tokens(batch: int = 2, count: int = 7, dim: int = 48, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, count, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def timm_subclass(body, **options):
+    """A timm model whose blocks have ``body(block, x)`` for a forward."""
+    from timm.models.vision_transformer import Block
+
+    class OwnBlock(Block):
+        def forward(self, x, attn_mask=None, is_causal=False):
+            return body(self, x)
+
+    return timm_vit(block_fn=OwnBlock, **options)
+
+
+class OwnMlp(nn.Module):
+    """An MLP of the user's: counts its calls and keeps, shares or expands what it returns."""
+
+    def __init__(self, keep: str = "list", dim: int = 48):
+        super().__init__()
+        self.fc, self.keep, self.kept = nn.Linear(dim, dim), keep, []
+        self.constant = nn.Parameter(torch.full((dim,), 0.3))
+        self.register_buffer("calls", torch.zeros(()))
+        self.memory = None
+
+    def forward(self, x):
+        self.calls += 1
+        if self.keep == "expand":
+            return self.constant.expand_as(x)
+        if self.keep == "memory":
+            self.memory = self.fc(x) if self.memory is None else self.memory
+            return self.memory
+        self.kept.append(self.fc(x))
+        return self.kept[-1]
+
+
+def timm_own_mlp(keep: str = "list"):
+    model = timm_vit(init_values=None)
+    for block in model.blocks:
+        block.mlp = OwnMlp(keep)
+    return model

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastvit
-from fastvit.integrations import block, handoff, swap
+from fastvit.integrations import block, handoff, probe, swap
 from fastvit.integrations.parts import find_layout
 from tests.models_for_acceleration import (
     Encoder,
@@ -21,6 +21,8 @@ from tests.models_for_acceleration import (
     image,
     old_vit,
     perturb,
+    timm_own_mlp,
+    timm_subclass,
     timm_vit,
     tokens,
 )
@@ -525,6 +527,114 @@ def test_threads_do_not_take_each_others_norms(handed):
         thread.join()
     assert not failures
     assert any(handed)
+
+
+# --- what the probe sees, and what it leaves alone ----------------------------------------------------------------------
+
+
+def _scaled(layer, x):
+    x = x + layer.alpha * layer.ls1(layer.attn(layer.norm1(x)))
+    return x + layer.alpha * layer.ls2(layer.mlp(layer.norm2(x)))
+
+
+def _attribute(model):
+    for number, layer in enumerate(model.blocks):
+        layer.alpha = 1.0 if number == 0 else 0.5
+
+
+def _buffer(model):
+    for number, layer in enumerate(model.blocks):
+        layer.register_buffer("alpha", torch.tensor(1.0 if number == 0 else 0.5))
+
+
+def _timm_scale(model):
+    for number, layer in enumerate(model.blocks):
+        layer.attn.fused_attn = number == 0
+        layer.attn.scale = 0.25 if number == 0 else 0.5
+
+
+@pytest.mark.parametrize("differ", [_attribute, _buffer, _timm_scale])
+def test_blocks_that_differ_are_proved_one_by_one(differ):
+    model = timm_vit() if differ is _timm_scale else timm_subclass(_scaled)
+    differ(model)
+    with torch.no_grad():
+        expected = model(image())
+        fastvit.accelerate(model)
+        assert list(fastvit.report(model).replaced) == ["blocks.0"]
+        assert relative(model(image()), expected) <= 1e-5
+
+
+def test_equal_blocks_need_one_proof(monkeypatch):
+    proofs = []
+    proved = probe.why_different
+    monkeypatch.setattr(probe, "why_different", lambda *block: proofs.append(1) or proved(*block))
+    for model in (hf_vit(), hf_dinov2(), timm_vit()):
+        fastvit.accelerate(model)
+        assert len(fastvit.report(model).replaced) == 3
+    assert len(proofs) == 3
+
+
+def test_dropout_that_is_no_module_is_seen():
+    def body(layer, x):
+        x = x + nn.functional.dropout(layer.ls1(layer.attn(layer.norm1(x))), 0.1, layer.training)
+        return x + layer.ls2(layer.mlp(layer.norm2(x)))
+
+    model = timm_subclass(body)
+    state = torch.get_rng_state()
+    fastvit.accelerate(model)
+    assert not fastvit.report(model).replaced
+    assert all("in training its forward computes something else" in r for r in fastvit.report(model).skipped.values())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_probe_changes_no_buffer_and_no_list():
+    model = fastvit.accelerate(timm_own_mlp(), dry_run=True)
+    for layer in model.blocks:
+        assert layer.mlp.calls == 0
+        assert layer.mlp.kept == []
+
+
+@pytest.mark.parametrize("keep", ["list", "memory", "expand"])
+def test_what_the_users_own_mlp_holds_is_not_overwritten(keep):
+    model = timm_own_mlp(keep)
+    runs = []
+    for prepare in (fastvit.restore, fastvit.accelerate):
+        for layer in model.blocks:
+            layer.mlp.kept, layer.mlp.memory = [], None
+        prepare(model)
+        with torch.no_grad():
+            out = [model(image()) for _ in range(2)]
+        held = [tensor for layer in model.blocks for tensor in (*layer.mlp.kept, layer.mlp.memory) if tensor is not None]
+        runs.append([tensor.clone() for tensor in (*out, *held)])
+    assert len(fastvit.report(model).replaced) == 3
+    assert all(relative(actual, expected) <= 1e-5 for expected, actual in zip(*runs, strict=True))
+
+
+def test_an_activation_of_the_same_class_put_in_later_is_seen():
+    model = fastvit.accelerate(timm_vit())
+    for layer in model.blocks:
+        layer.mlp.act = nn.GELU(approximate="tanh")
+    with torch.no_grad():
+        actual = model(image())
+        assert "mlp.act now computes something else" in fastvit.report(model).fallbacks["blocks.0"]
+        assert torch.equal(actual, fastvit.restore(model)(image()))
+
+
+def test_replicas_keep_their_weights_as_plain_attributes():
+    def replicate(module):  # as torch.nn.parallel.replicate does, without its GPUs
+        replica = module._replicate_for_data_parallel()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            setattr(replica, name, None if tensor is None else tensor.detach().clone())
+        for name, inner in module._modules.items():
+            setattr(replica, name, inner and replicate(inner))
+        return replica
+
+    model = timm_vit()
+    with torch.no_grad():
+        expected = model(image())
+        fastvit.accelerate(model)
+        assert relative(replicate(model)(image()), expected) <= 1e-5
+    assert not fastvit.report(model).fallbacks
 
 
 # --- on the kernels -----------------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A pre-norm transformer block computed with the fused operators: z' = MHA(LN(z)) + z, z'' = MLP(LN(z')) + z'.
 
 Residual, LayerScale and the following LayerNorm are one operator, bias and activation another; query, key and value are
-read where the projection wrote them. In inference on the torch backend, sums are written over branches that nobody else
-holds. The block's own modules keep the weights; those without a fused form (stochastic depth, active dropout, norms of
-queries and keys, a gated MLP) are called as they are.
+read where the projection wrote them. In inference on the torch backend, sums are written over branches that came out of our
+own linears; what a module of the user's returned may be held by others. The block's own modules keep the weights; those
+without a fused form (stochastic depth, active dropout, norms of queries and keys, a gated MLP) are called as they are.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,6 @@ def _torch_layer_norm(input, weight, bias, eps):
 
 
 def _torch_add_layer_norm(residual, branch, weight, bias, eps, *, layer_scale=None):
-    if _may_overwrite(branch, residual, layer_scale):
-        return torch_backend.add_layer_norm_(residual, branch, weight, bias, eps, layer_scale)
     return torch_backend.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
 
 
@@ -88,14 +86,18 @@ def compute(
         if normed is None:
             normed = ops.layer_norm(x, before.weight, before.bias, before.eps)
         branch = _attention(block, layout.attention, ops, normed, attn_mask, is_causal)
-        branch, scale = _branch(block, layout.residuals[0], layout.attention.drop, branch)
-        normed, x = ops.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
+        branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
+        if owned and chosen == "torch" and _may_overwrite(branch, x, scale):
+            normed, x = torch_backend.add_layer_norm_(x, branch, after.weight, after.bias, after.eps, scale)
+        else:
+            normed, x = ops.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
         branch = _mlp(block, layout, ops, normed)
         del normed
-        branch, scale = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+        branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+        owned = owned and layout.mlp is not None  # what a module of the user's returned may be held by others
         if next_norm is not None and handoff.possible(chosen, x, branch, next_norm):
             return handoff.add_layer_norm(ops, x, branch, next_norm, scale)
-        return _add(x, branch, scale)
+        return _add(x, branch, scale, owned)
 
 
 def _attention(
@@ -156,21 +158,32 @@ def _active(*dropouts: Any) -> Iterator[nn.Module]:
     return (module for module in dropouts if module is not None and module.training and getattr(module, "p", 0))
 
 
-def _branch(block: nn.Module, residual: layouts.Residual, drops: tuple[str, ...], branch: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The branch as it enters the sum, and the LayerScale that is still to be applied to it."""
+def _branch(
+    block: nn.Module, residual: layouts.Residual, drops: tuple[str, ...], branch: Tensor
+) -> tuple[Tensor, Tensor | None, bool]:
+    """The branch as it enters the sum, the LayerScale still to be applied to it, and whether no module touched it here."""
+    owned = True
     for module in _active(*(child(block, path) for path in drops), child(block, residual.drop)):
-        branch = module(branch)
+        branch, owned = module(branch), False
     layer_scale = part(block, residual.scale)
-    scale = None if layer_scale is None else next(iter(layer_scale._parameters.values()))
+    scale = None if layer_scale is None else _scale_of(layer_scale)
     drop_path = part(block, residual.drop_path)
     if drop_path is not None and drop_path.training:
-        branch = drop_path(branch if scale is None else branch * scale)
+        branch, owned = drop_path(branch if scale is None else branch * scale), False
         scale = None
-    return branch, scale
+    return branch, scale, owned
+
+
+def _scale_of(layer_scale: Any) -> Any:
+    """Its one parameter; in replicas of ``DataParallel`` a plain attribute."""
+    for name in layouts.SCALE_PARAMETERS:
+        if name in layer_scale._parameters or name in layer_scale.__dict__:
+            return getattr(layer_scale, name)
+    raise AttributeError(f"{type(layer_scale).__name__} has none of {', '.join(layouts.SCALE_PARAMETERS)}")
 
 
 def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
-    """Whether a sum may be written over ``branch``: inference, one dtype, nothing traced."""
+    """Whether a sum may be written over a ``branch`` that nobody else holds: inference, one dtype, nothing traced."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(branch) is not Tensor:
         return False
     if branch.is_inference() and not torch.is_inference_mode_enabled():
@@ -178,8 +191,8 @@ def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
     return all(other is None or other.dtype == branch.dtype for other in others)
 
 
-def _add(residual: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    if _may_overwrite(branch, residual, scale):
+def _add(residual: Tensor, branch: Tensor, scale: Tensor | None, owned: bool) -> Tensor:
+    if owned and _may_overwrite(branch, residual, scale):
         return torch_backend.add_(residual, branch, scale)
     if scale is None:
         return residual + branch

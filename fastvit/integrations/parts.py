@@ -227,6 +227,8 @@ def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
         weight = module._parameters.get("weight") if kind is nn.Linear else None
         if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
+    if layout.mlp is not None and _activation(child(block, layout.mlp.activation)) != layout.activation:
+        return f"{layout.mlp.activation} now computes something else than {layout.activation}"
     owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
     flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
@@ -234,12 +236,20 @@ def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
         return f"the attention implementation {implementation!r} was asked for"
     if getattr(owner, "is_causal", False):
         return f"{layout.attention.owner} is set to causal attention"
+    if drops_attention_weights(block, layout):
+        return "dropout of the attention weights is active"
+    return None
+
+
+def drops_attention_weights(block: nn.Module, layout: Layout) -> bool:
+    """Whether the block now drops attention weights, which the fused attention does not."""
+    owner = child(block, layout.attention.owner)
     for name in layout.attention.weights_drop:
         dropout = getattr(owner, name, 0.0)
         rate, training = (dropout.p, dropout.training) if isinstance(dropout, nn.Module) else (dropout, owner.training)
         if rate and training:
-            return "dropout of the attention weights is active"
-    return None
+            return True
+    return False
 
 
 def _only_idle_captures(module: Any) -> bool:

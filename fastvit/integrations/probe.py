@@ -2,46 +2,114 @@
 
 Names and shapes cannot tell a pre-norm block from a parallel or a post-norm one with the same children; this can. The
 probe works on a stand-in with weights of its own, on the CPU, so that models on any device (also ``meta``), in any dtype
-and of any training state are proved without being touched, and without consuming random numbers.
+and of any training state are proved without being touched, and without consuming random numbers. It compares in evaluation
+and in training mode: dropout that is no module shows only there.
 """
 
 import copy
+import random
 import types
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .block import compute
-from .parts import Layout, child
+from .parts import Layout, child, drops_attention_weights
 
 TOKENS = 3
 TOLERANCE = 2e-5  # of the largest value; erf and tanh GELU differ by more, float32 rounding by less
 
 
+SMALL_BUFFER = 1024  # elements; larger buffers are told apart by identity
+PLAIN_VALUES = (int, float, complex, str, bytes, type(None))
+OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
 def signature(block: nn.Module, layout: Layout) -> tuple:
-    """Blocks of one signature need one proof."""
-    return type(block), layout, tuple((path, type(m), m.extra_repr()) for path, m in block.named_modules())
+    """Blocks of one signature need one proof: same kinds, same plain attributes and same buffers, of all descendants."""
+    return type(block), layout, tuple((path, type(m), m.extra_repr(), *_contents(m)) for path, m in block.named_modules())
+
+
+def _contents(module: nn.Module) -> Iterator[tuple]:
+    for name, value in module.__dict__.items():
+        if name not in OF_EVERY_MODULE:
+            yield name, _plain(value)
+    for name, parameter in module._parameters.items():
+        yield name, None if parameter is None else parameter.shape
+    for name, buffer in module._buffers.items():
+        yield name, _values(buffer)
+
+
+def _plain(value: Any) -> Any:
+    """Plain values by value, containers of them too when they cannot change; anything else by identity."""
+    if isinstance(value, tuple):
+        return type(value), tuple(map(_plain, value))
+    return (type(value), value) if isinstance(value, PLAIN_VALUES) else id(value)
+
+
+def _values(buffer: Tensor | None) -> Any:
+    if type(buffer) is not Tensor or buffer.is_meta or buffer.layout != torch.strided or buffer.numel() > SMALL_BUFFER:
+        return None if buffer is None else id(buffer)
+    return buffer.dtype, buffer.shape, tuple(buffer.detach().flatten().tolist())
 
 
 def why_different(block: nn.Module, layout: Layout) -> str | None:
     """None when the fused computation equals the block's own forward, otherwise what went differently."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
-        twin = _stand_in(block, generator, {})
+        twins: dict[int, nn.Module] = {}
+        twin = _stand_in(block, generator, twins)
         _use_sdpa(child(twin, layout.attention.owner))
         channels = child(twin, layout.norms.before).normalized_shape[0]
         x = torch.randn(2, TOKENS, channels, generator=generator)
-        try:
-            expected = type(block).forward(twin, x.clone())
-        except Exception as failure:
-            return f"its own forward does not take hidden states alone ({type(failure).__name__}: {failure})"
-        if not isinstance(expected, Tensor) or expected.shape != x.shape:
-            return "its forward does not return one tensor of the hidden states' shape"
-        error = (compute(twin, layout, x, "torch") - expected).abs().max() / expected.abs().max()
+        reason = _compare(twin, layout, x)
+        if reason is not None:
+            return reason
+        for module in twins.values():
+            module.__dict__["training"] = True
+        if drops_attention_weights(twin, layout):  # in training it runs its own forward
+            return None
+        reason = _compare(twin, layout, x)
+        return None if reason is None else f"in training {reason}"
+
+
+def _compare(twin: nn.Module, layout: Layout, x: Tensor) -> str | None:
+    try:
+        with _seeded():
+            expected = type(twin).forward(twin, x.clone())
+    except Exception as failure:
+        return f"its own forward does not take hidden states alone ({type(failure).__name__}: {failure})"
+    if not isinstance(expected, Tensor) or expected.shape != x.shape:
+        return "its forward does not return one tensor of the hidden states' shape"
+    expected = expected.clone()
+    try:
+        with _seeded():
+            actual = compute(twin, layout, x, "torch")
+    except Exception as failure:
+        return f"its parts do not fit the fused computation ({type(failure).__name__}: {failure})"
+    if actual.shape != expected.shape:
+        return "its parts do not give the hidden states' shape"
+    error = (actual - expected).abs().max() / expected.abs().max()
     if not error <= TOLERANCE:
         return f"its forward computes something else than a pre-norm block of these parts (differs by {error:.1e} on a probe)"
     return None
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """The same random numbers every time; those of the process stay where they were."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # of the CPU alone, unlike torch.manual_seed
+            random.seed(0)
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _stand_in(module: nn.Module, generator: torch.Generator, memo: dict[int, nn.Module]) -> nn.Module:
@@ -60,13 +128,31 @@ def _stand_in(module: nn.Module, generator: torch.Generator, memo: dict[int, nn.
     twin.__dict__["training"] = False
     twin.__dict__["_parameters"] = {n: None if p is None else _random(p, generator) for n, p in module._parameters.items()}
     twin.__dict__["_buffers"] = {
-        n: None if b is None else torch.zeros(b.shape, dtype=b.dtype) if b.is_meta else b.detach().cpu()
+        n: None if b is None else torch.zeros(b.shape, dtype=b.dtype) if b.is_meta else b.detach().cpu().clone()
         for n, b in module._buffers.items()
     }
     twin.__dict__["_modules"] = {
         n: None if child is None else _stand_in(child, generator, memo) for n, child in module._modules.items()
     }
+    for name in twin.__dict__.keys() - OF_EVERY_MODULE:
+        twin.__dict__[name] = _detached(twin.__dict__[name], memo)
     return twin
+
+
+def _detached(value: Any, memo: dict[int, nn.Module]) -> Any:
+    """An attribute's value for a stand-in to change: tensors and containers copied, modules those of the stand-in."""
+    if isinstance(value, nn.Module):
+        return memo.get(id(value), value)
+    if type(value) in (Tensor, nn.Parameter) and not value.is_meta:
+        return value.detach().cpu().clone()
+    if type(value) is tuple:
+        return tuple(_detached(item, memo) for item in value)
+    if not isinstance(value, dict | list | set | deque | bytearray):
+        return value
+    fresh: Any = copy.copy(value)
+    for key, item in fresh.items() if isinstance(fresh, dict) else enumerate(fresh) if isinstance(fresh, list | deque) else ():
+        fresh[key] = _detached(item, memo)
+    return fresh
 
 
 def _use_sdpa(owner: Any) -> None:
