@@ -113,7 +113,7 @@ def add_layer_norm(
         cast = _autocast(residual.device.type, residual, branch, weight, bias, layer_scale, to_float32=True)
         residual, branch, weight, bias, layer_scale = cast
     _checks.check_add_layer_norm(residual, branch, weight, bias, layer_scale)
-    if resolve(residual) == "triton":
+    if resolve(branch if branch.dtype == torch.float64 else residual) == "triton":
         return _layer_norm_op.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
     return torch_backend.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
 

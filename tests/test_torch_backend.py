@@ -112,6 +112,93 @@ def test_mlp_in_inference_keeps_one_hidden_layer():
     assert len(set(hidden_layers) - {arguments[1].data_ptr(), arguments[3].data_ptr()}) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mask_of_higher_precision_is_not_rounded_first(dtype):
+    """Around 100 a bfloat16 is exact to 0.5 only; softmax ignores the 100, so nothing of it may show."""
+    q, k, v = torch.randn(3, 2, 2, 40, 16).to(dtype)
+    mask = 100 + 3 * torch.randn(2, 1, 40, 40)
+    expected = reference.attention(q.double(), k.double(), v.double(), mask.double())
+    ours, eager = functional.attention(q, k, v, mask), reference.attention(q.float(), k.float(), v.float(), mask).to(dtype)
+    error, rounding = ((out.double() - expected).norm() / expected.norm() for out in (ours, eager))
+    assert error <= 4 * rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_row_of_the_lowest_float32_is_a_mean_and_one_of_minus_infinity_is_zeros(dtype):
+    q, k, v = torch.randn(3, 1, 2, 8, 16).to(dtype)
+    mask = torch.zeros(8, 8)
+    mask[2], mask[4], mask[5, 3:] = torch.finfo(torch.float32).min, float("-inf"), torch.finfo(torch.float32).min
+    mask.requires_grad_()
+    out = functional.attention(q, k, v, mask)
+    expected = reference.attention(q.float(), k.float(), v.float(), mask).to(dtype)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+    assert not out[:, :, 4].any()
+    out.sum().backward()
+    assert mask.grad.isfinite().all()
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+NORM_DTYPES = [
+    (BF16, BF16, F32), (BF16, F32, BF16), (BF16, None, F32), (BF16, F32, None), (BF16, None, BF16), (BF16, F32, F32),
+    (F16, F16, F32), (F16, F32, F16), (F16, None, F32), (F64, F32, F32), (F64, F64, F32), (F64, None, F32),
+]  # fmt: skip
+
+
+def _same_norm(out, expected, dtype):
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("statistics", ["token", "image"])
+@pytest.mark.parametrize(("dtype", "weight", "bias"), NORM_DTYPES, ids=str)
+def test_layer_norm_takes_every_mix_of_dtypes_that_the_checks_let_through(dtype, weight, bias, statistics):
+    x = torch.randn(2, 5, 8).to(dtype).requires_grad_()
+    w, b = (None if d is None else torch.randn(8).to(d).requires_grad_() for d in (weight, bias))
+    out = functional.layer_norm(x, w, b, statistics=statistics)
+    wide = (t if t is None else t.double() for t in (x, w, b))
+    expected = reference.layer_norm(*wide, statistics=statistics)
+    if statistics == "token":
+        _same_norm(out, expected, dtype)
+    else:
+        torch.testing.assert_close(out.double(), expected, rtol=2e-2, atol=2e-2)
+    out.sum().backward()
+    assert all(t.grad.dtype == t.dtype for t in (x, w, b) if t is not None)
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["", "layer scale"])
+@pytest.mark.parametrize(
+    ("residual", "branch", "weight"),
+    [(BF16, F32, BF16), (F32, BF16, F32), (BF16, BF16, F32), (F32, F64, F32), (F64, F32, F64), (F64, F32, F32)],
+    ids=str,
+)
+def test_add_layer_norm_takes_every_mix_of_dtypes_that_the_checks_let_through(residual, branch, weight, scale):
+    r, x = torch.randn(2, 5, 8).to(residual), torch.randn(2, 5, 8).to(branch)
+    w, b, s = torch.randn(8).to(weight), torch.randn(8), torch.randn(8) if scale else None
+    normalized, total = functional.add_layer_norm(r, x, w, b, layer_scale=s)
+    dtype = torch.promote_types(residual, branch)
+    wide = [t.double() for t in (total, w, b)]
+    _same_norm(normalized, reference.layer_norm(*wide), dtype)
+    assert total.dtype == dtype
+    expected = reference.add_layer_norm(r.double(), x.double(), layer_scale=None if s is None else s.double())[1]
+    torch.testing.assert_close(total.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+
+
+def test_triton_refuses_a_float64_branch_too():
+    x = torch.randn(2, 8)
+    with fastvit.use_backend("triton"), pytest.raises(ValueError, match="float64"):
+        functional.add_layer_norm(x, x.double())
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_vmap_over_an_activation_needs_no_fallback(activation):
+    """vmap has no rule for aten::gelu_ and would warn, then loop."""
+    x, w = torch.randn(3, 4, 8), torch.randn(6, 8)
+    torch._C._functorch._set_vmap_fallback_warning_enabled(True)
+    mapped = torch.func.vmap(lambda x: functional.linear(x, w, activation=activation))(x)
+    torch.testing.assert_close(mapped, functional.linear(x, w, activation=activation))
+
+
 def test_float64_is_computed_in_float64():
     q, k, v = torch.randn(3, 1, 2, 9, 8, dtype=torch.float64)
     torch.testing.assert_close(functional.attention(q, k, v), reference.attention(q, k, v), rtol=1e-12, atol=1e-12)

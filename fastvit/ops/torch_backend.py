@@ -24,6 +24,9 @@ BIAS_ROWS = 256
 # Multiplications below which oneDNN's 15 µs of setting up are not earned back (measured on AMD: even at 0.5–1 million).
 ONEDNN_MIN_PRODUCTS = 1_000_000
 
+# A bias from here on (finfo.min of a whole row, say) leaves nothing of the score it is added to.
+SWALLOWS_SCORES = 1e30
+
 
 @functools.cache
 def _cpu_vendor() -> str:
@@ -79,6 +82,11 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
 
 def _forward_ad_active() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def _transformed() -> bool:
+    """Inside a torch.func transform, where vmap has no rule for in-place activations."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 # activation → the (attribute, algorithm) of mkldnn._linear_pointwise
@@ -165,11 +173,16 @@ def _masked_rows(
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     if bias is None:
         return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
-    floats = bias.dtype != torch.bool
-    if floats:
-        bias = bias.to(query.dtype)
+    if bias.dtype != torch.bool:
         empty = (bias == float("-inf")).all(-1, keepdim=True)
         bias = bias.masked_fill(empty, 0)
+        wide = torch.promote_types(bias.dtype, query.dtype)
+        if wide != query.dtype:  # rounded last, when what a row has in common, which softmax ignores, is gone
+            bias = bias.to(wide)
+            highest = bias.detach().amax(-1, keepdim=True)
+            query = query.masked_fill(highest.abs() >= SWALLOWS_SCORES, 0)
+            bias = bias - highest
+        bias = bias.to(query.dtype)
     else:
         empty = ~bias.any(-1, keepdim=True)
         bias = bias | empty
@@ -179,13 +192,23 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_cau
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str) -> Tensor:
     if statistics == "token":
-        if input.device.type != "cpu" and weight is not None and weight.dtype != input.dtype:
-            weight, bias = weight.to(input.dtype), None if bias is None else bias.to(input.dtype)
-        return F.layer_norm(input, input.shape[-1:], weight, bias, eps)
+        return _token_norm(input, weight, bias, eps)
     normalized = F.layer_norm(input, input.shape[-2:], None, None, eps)
     if weight is not None:
         normalized = normalized * weight.to(input.dtype)
     return normalized if bias is None else normalized + bias.to(input.dtype)
+
+
+def _token_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Parameters of other dtypes than the input's: PyTorch takes them on CPUs only, both and in float32 beside a half."""
+    shape, dtype = input.shape[-1:], input.dtype
+    params = [p.dtype for p in (weight, bias) if p is not None]
+    half = dtype in (torch.bfloat16, torch.float16)
+    if all(p == dtype for p in params) or (half and input.is_cpu and params == [torch.float32] * 2):
+        return F.layer_norm(input, shape, weight, bias, eps)
+    wide = torch.float32 if half else dtype
+    weight, bias = (p if p is None else p.to(wide) for p in (weight, bias))
+    return F.layer_norm(input.to(wide), shape, weight, bias, eps).to(dtype)
 
 
 def add_layer_norm(
@@ -196,7 +219,8 @@ def add_layer_norm(
     elif residual.dtype == branch.dtype == layer_scale.dtype:
         total = torch.addcmul(residual, branch, layer_scale)
     else:
-        total = (residual + layer_scale * branch).to(torch.promote_types(residual.dtype, branch.dtype))
+        dtype = torch.promote_types(residual.dtype, branch.dtype)
+        total = (residual + layer_scale * branch.to(dtype)).to(dtype)
     return layer_norm(total, weight, bias, eps, "token"), total
 
 
@@ -223,7 +247,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:
     """The activation of a tensor that nothing else holds: written over it when no gradient is wanted."""
-    inplace = not (torch.is_grad_enabled() and x.requires_grad)
+    inplace = not (torch.is_grad_enabled() and x.requires_grad) and not _transformed()
     if activation is None:
         return x
     if activation == "relu":
