@@ -1,5 +1,6 @@
 """What the operators share: the ``torch.library`` namespace, the base Function, and the layouts kernels accept."""
 
+import functools
 from typing import Any
 
 import torch
@@ -44,15 +45,34 @@ class _Once(Operator):
     @staticmethod
     def backward(ctx, *grads):
         raise RuntimeError(
-            "fastvit's Triton operators can be differentiated once; for second derivatives use the PyTorch backend:"
-            " with fastvit.use_backend('torch')"
+            "fastvit's Triton operators can be differentiated once; for second derivatives use the functions of fastvit.reference"
         )
+
+
+def _refuse_forward_mode(ctx, *tangents):
+    raise RuntimeError(
+        "fastvit's Triton operators have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad);"
+        " use the functions of fastvit.reference"
+    )
+
+
+@functools.cache
+def _refusing_forward_mode(function: type[Operator]) -> type[Operator]:
+    return type(function.__name__, (function,), {"jvp": staticmethod(_refuse_forward_mode)})
+
+
+def apply(function: type[Operator], *args: Any) -> Any:
+    """``function.apply``; forward-mode differentiation is refused by a subclass, as torch.compile takes no Function with
+    a ``jvp`` of its own."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        function = _refusing_forward_mode(function)
+    return function.apply(*args)
 
 
 def run_backward(operator: Any, *args: Any) -> tuple:
     """The raw backward operator's results, guarded against a second differentiation where one is being recorded."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Once.apply(operator, *args)
+        return apply(_Once, operator, *args)
     return operator(*args)
 
 

@@ -8,7 +8,7 @@ a row (lse), never a score.
 import torch
 from torch import Tensor
 
-from ._common import Operator, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
+from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
 
 
 def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
@@ -144,5 +144,5 @@ def attention(
     if attn_mask is not None:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if wants_grad(query, key, value, attn_mask, rel_h, rel_w):
-        return Attention.apply(*distinct(query, key, value, attn_mask, rel_h, rel_w), is_causal, scale)[0]
+        return apply(Attention, *distinct(query, key, value, attn_mask, rel_h, rel_w), is_causal, scale)[0]
     return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import Operator, as_rows, contiguous, define, distinct, run_backward, wants_grad
+from ._common import Operator, apply, as_rows, contiguous, define, distinct, run_backward, wants_grad
 
 
 def _total_dtype(residual: Tensor, branch: Tensor) -> torch.dtype:
@@ -158,7 +158,7 @@ class LayerNorm(Operator):
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str) -> Tensor:
     if wants_grad(input, weight, bias):
-        return LayerNorm.apply(*distinct(input, weight, bias), eps, statistics)[0]
+        return apply(LayerNorm, *distinct(input, weight, bias), eps, statistics)[0]
     return torch.ops.fastvit.layer_norm_forward(input, weight, bias, eps, statistics)[0]
 
 
@@ -293,5 +293,5 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     if wants_grad(residual, branch, weight, bias, layer_scale):
         residual_, branch_, weight_, bias_, scale_ = distinct(residual, branch, weight, bias, layer_scale)
-        return AddLayerNorm.apply(residual_, branch_, weight_, bias_, eps, scale_)[:2]
+        return apply(AddLayerNorm, residual_, branch_, weight_, bias_, eps, scale_)[:2]
     return torch.ops.fastvit.add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)[:2]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backend import get_backend
-from ._common import Operator, contiguous, define, distinct, run_backward, wants_grad
+from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad
 
 
 def _matrix(tensor: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Linear(Operator):
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     if wants_grad(input, weight, bias):
-        return Linear.apply(*distinct(input, weight, bias), activation)[0]
+        return apply(Linear, *distinct(input, weight, bias), activation)[0]
     return torch.ops.fastvit.linear_forward(input, weight, bias, activation, False)[0]
 
 
@@ -238,5 +238,5 @@ def mlp(
     activation: str | None,
 ) -> Tensor:
     if wants_grad(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
-        return MLP.apply(*distinct(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation)[0]
+        return apply(MLP, *distinct(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation)[0]
     return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, False)[0]
