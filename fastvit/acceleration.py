@@ -67,6 +67,7 @@ class _State:
 
     options: dict[str, Any]
     skipped: dict[str, str]
+    served: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,7 @@ def accelerate(
         TypeError: ``model`` is no module. ValueError: an unknown option, a pattern that matches no module, or a model whose
             served blocks were wrapped since (``fully_shard``).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    _check_module(model)
     _check_options(backend, precision, cuda_graphs)
     _check_unwrapped(model)
     selected = _select(model, _patterns("include", include), _patterns("exclude", exclude))
@@ -117,12 +117,13 @@ def accelerate(
         plan = _plan(model, selected)
         if dry_run:
             _revert(restored)
+            accelerated = STATE in model.__dict__ or any(map(swap.is_served, model.modules()))
             planned = {name: layout.describe() for name, layout in plan.layouts.items()}
-            _dry_runs[model] = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, False)
+            _dry_runs[model] = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, accelerated)
             return model
         _serve(model, plan, backend)
         options = {"include": include, "exclude": exclude, "backend": backend}
-        model.__dict__[STATE] = _State(options, plan.skipped)
+        model.__dict__[STATE] = _State(options, plan.skipped, tuple(plan.layouts))
     _dry_runs.pop(model, None)
     return model
 
@@ -130,8 +131,7 @@ def accelerate(
 @contextmanager
 def accelerated(model: Model, **options: Any) -> Iterator[Model]:
     """``with accelerated(model):`` accelerates within the block; on leaving, the model is as it was before."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    _check_module(model)
     before = _snapshot(model)
     accelerate(model, **options)
     try:
@@ -145,8 +145,10 @@ def accelerated(model: Model, **options: Any) -> Iterator[Model]:
 def restore(model: Model) -> Model:
     """Gives every block of ``model`` its own class back and forgets the report: exactly the model that came in.
 
-    Raises ``ValueError`` when a served block was wrapped since (``fully_shard``): unwrap it first.
+    Raises ``ValueError`` when a served block was wrapped since (``fully_shard``): unwrap it first. ``TypeError``: ``model`` is
+    no module.
     """
+    _check_module(model)
     _check_unwrapped(model)
     _release(model)
     _dry_runs.pop(model, None)
@@ -154,16 +156,23 @@ def restore(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> Report:
-    """What serves which block of ``model``, what was left alone and why; after ``dry_run=True``, what would be."""
-    state = model.__dict__.get(STATE)
-    if state is None and model in _dry_runs:
+    """What serves which block of ``model``, what was left alone and why; after ``dry_run=True``, what would be.
+
+    Raises ``TypeError`` when ``model`` is no module.
+    """
+    _check_module(model)
+    state: _State | None = model.__dict__.get(STATE)
+    if model in _dry_runs:
         return replace(_dry_runs[model])
     served = {name: m.__dict__.get(swap.ATTRIBUTE) for name, m in model.named_modules() if swap.is_served(m)}
     replaced = {name: serving.layout.describe() for name, serving in served.items() if serving is not None}
     fallbacks = {name: serving.fallback for name, serving in served.items() if serving is not None and serving.fallback}
     pinned = state.options["backend"] if state else next((s.backend for s in served.values() if s), "auto")
     skipped = dict(state.skipped) if state else {}
-    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=bool(state or replaced))
+    gone = [name for name in state.served if name not in served] if state else []
+    skipped.update(dict.fromkeys(gone, "it was served, and was restored or replaced since"))
+    accelerated = bool(replaced) or (state is not None and not gone)
+    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=accelerated)
 
 
 def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
@@ -171,8 +180,10 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
 
     The model is left as it was and not copied; one in a lower precision needs its parameters in float32 once for the call.
     The result has ``max_abs_error``, ``relative_error`` (of the largest value of an output), ``passed`` (relative error at
-    most 1e-4) and reads as one line. Raises ``ValueError`` when ``model`` has no accelerated block.
+    most 1e-4) and reads as one line. Both runs begin with the same random state. Raises ``ValueError`` when ``model`` has no
+    accelerated block, ``TypeError`` when it is no module.
     """
+    _check_module(model)
     blocks = [module for module in model.modules() if swap.is_served(module)]
     if not blocks:
         raise ValueError("model has no accelerated block to verify; call fastvit.accelerate(model) first")
@@ -295,6 +306,11 @@ def _own_forwards(blocks: Sequence[nn.Module]) -> Iterator[None]:
 # --- options ------------------------------------------------------------------------------------------------------------
 
 
+def _check_module(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+
+
 def _check_options(backend: str, precision: str | None, cuda_graphs: bool) -> None:
     if backend not in _backend.BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_backend.BACKENDS)}")
@@ -309,6 +325,8 @@ def _check_options(backend: str, precision: str | None, cuda_graphs: bool) -> No
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
     if patterns is None:
         return None
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"{name} is {type(patterns).__name__}; expected a glob pattern on module names, or several")
     found = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in found:
         if not isinstance(pattern, str):

@@ -5,6 +5,7 @@
 """
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,9 +25,19 @@ _current = _checked(os.environ.get("FASTVIT_BACKEND", "auto"), "FASTVIT_BACKEND"
 _interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+class _Thread(threading.local):
+    """A backend for the running thread alone, which goes before that of the process."""
+
+    backend: str | None = None
+
+
+_thread = _Thread()
+
+
 def get_backend() -> str:
     """The backend in force: ``"auto"``, ``"triton"`` or ``"torch"``."""
-    return _current
+    # torch.compile does not trace thread-local state.
+    return _current if torch.compiler.is_compiling() else _thread.backend or _current
 
 
 def set_backend(name: str) -> None:
@@ -44,6 +55,17 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         set_backend(previous)
+
+
+@contextmanager
+def use_backend_in_thread(name: str) -> Iterator[None]:
+    """``use_backend`` for the running thread alone, as a model pinned to a backend needs it; not traced by compilers."""
+    previous = _thread.backend
+    _thread.backend = _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _thread.backend = previous
 
 
 def why_not_triton(device: torch.device) -> str | None:
@@ -80,23 +102,25 @@ def _probe_gpu(index: int) -> str | None:
     return None
 
 
-def resolve(tensor: torch.Tensor, *, float32_products: bool = False) -> str:
+def resolve(tensor: torch.Tensor, *, float32_products: bool = False, setting: str | None = None) -> str:
     """``"triton"`` or ``"torch"`` for an operator on ``tensor``.
 
     ``float32_products``: the operator is mostly matrix products, which ``auto`` leaves to PyTorch in float32: the kernels
-    compute them exactly, without tensor cores, where the vendor's library is hard to beat.
+    compute them exactly, without tensor cores, where the vendor's library is hard to beat. ``setting``: a backend to go by
+    instead of the one in force.
 
     Raises ``ValueError`` when ``triton`` was asked for by name and cannot serve the tensor's device or dtype.
     """
-    if _current == "torch" or (_current == "auto" and not tensor.is_cuda):
+    setting = setting or get_backend()
+    if setting == "torch" or (setting == "auto" and not tensor.is_cuda):
         return "torch"
-    if _current == "auto" and float32_products and tensor.dtype == torch.float32:
+    if setting == "auto" and float32_products and tensor.dtype == torch.float32:
         return "torch"
     reason = why_not_triton(tensor.device)
     if reason is None and tensor.dtype == torch.float64:
         reason = "the kernels compute in float32, which would lose a float64 input's precision"
     if reason is None:
         return "triton"
-    if _current == "triton":
+    if setting == "triton":
         raise ValueError(f"backend 'triton' cannot serve a {tensor.dtype} tensor on {tensor.device}: {reason}")
     return "torch"

@@ -39,19 +39,21 @@ class Verification:
 def compare(
     model: nn.Module, inputs: tuple, keywords: dict[str, Any], without: Callable[[], AbstractContextManager]
 ) -> Verification:
-    """Outputs of ``model`` against those within ``without()``, in evaluation mode and float32.
+    """Outputs of ``model`` against those within ``without()``, in evaluation mode and float32, from one random state.
 
     Raises ``ValueError`` when the two outputs differ in structure or shape, or hold no tensor.
     """
     inputs, keywords = _pytree.tree_map(_float32, (inputs, keywords))
     lower = {name: t.float() for name, t in _tensors(model) if t.is_floating_point() and t.dtype != torch.float32}
     training = [(module, module.training) for module in model.modules()]
+    gpus = {t.device.index for _, t in _tensors(model) if t.is_cuda}
     device_types = {"cpu", *(t.device.type for _, t in _tensors(model))}
     try:
         model.eval()
         with torch.no_grad(), _no_autocast(device_types):
-            actual = torch.func.functional_call(model, lower, inputs, keywords)
-            with without():
+            with torch.random.fork_rng(gpus):  # so that both draw the same random numbers
+                actual = torch.func.functional_call(model, lower, inputs, keywords)
+            with without(), torch.random.fork_rng(gpus):
                 expected = torch.func.functional_call(model, lower, inputs, keywords)
     finally:
         for module, was in training:

@@ -330,8 +330,10 @@ def test_dry_run_changes_nothing_and_reports_the_plan():
 
 def test_dry_run_of_an_accelerated_model_leaves_it_accelerated():
     model = fastvit.accelerate(timm_vit(), include="blocks.0")
+    types = [type(m) for m in model.modules()]
     fastvit.accelerate(model, dry_run=True)
-    assert list(fastvit.report(model).replaced) == ["blocks.0"]
+    assert [type(m) for m in model.modules()] == types
+    assert fastvit.verify(model, image()).fused_blocks == 1
 
 
 def test_include_and_exclude_are_globs_that_take_what_lies_inside():
@@ -422,6 +424,11 @@ def test_only_modules_are_accelerated():
         fastvit.accelerate("google/vit-base-patch16-224")
     with pytest.raises(TypeError, match="glob patterns"):
         fastvit.accelerate(timm_vit(), include=[3])
+    with pytest.raises(TypeError, match="include is int; expected a glob pattern on module names, or several"):
+        fastvit.accelerate(timm_vit(), include=5)
+    for function in (fastvit.report, fastvit.restore, fastvit.verify):
+        with pytest.raises(TypeError, match=r"model is int; expected a torch\.nn\.Module"):
+            function(3)
 
 
 def test_on_the_meta_device_and_before_a_move():
@@ -482,3 +489,34 @@ def test_verify_sees_a_difference(monkeypatch):
 def test_verify_asks_for_an_accelerated_model():
     with pytest.raises(ValueError, match="no accelerated block"):
         fastvit.verify(timm_vit(), image())
+
+
+def test_verify_gives_both_runs_the_same_random_numbers():
+    from transformers import ViTMAEConfig, ViTMAEModel
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 96}
+    model = fastvit.accelerate(ViTMAEModel(ViTMAEConfig(image_size=24, patch_size=8, **sizes)))
+    state = torch.get_rng_state()
+    assert fastvit.verify(model, image())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_dry_run_on_an_accelerated_model_shows_its_plan():
+    model = fastvit.accelerate(timm_vit())
+    fastvit.accelerate(model, exclude="blocks.0", dry_run=True)
+    found = fastvit.report(model)
+    assert (found.planned, found.accelerated, len(found.replaced), list(found.skipped)) == (True, True, 2, ["blocks.0"])
+    assert len(fastvit.report(fastvit.accelerate(model)).replaced) == 3
+
+
+def test_a_report_tells_of_blocks_restored_since():
+    model = fastvit.accelerate(timm_vit())
+    fastvit.restore(model.blocks[0])
+    found = fastvit.report(model)
+    assert found.accelerated
+    assert "blocks.0  left alone: it was served, and was restored or replaced since" in str(found)
+    fastvit.restore(model.blocks)
+    assert not fastvit.report(model).accelerated
+    assert "not accelerated" in str(fastvit.report(model))
+    fastvit.restore(model)
+    assert not fastvit.report(model).skipped

@@ -659,3 +659,26 @@ def test_a_pinned_triton_that_cannot_serve_says_why(monkeypatch):
     assert "calls will fail" in fastvit.report(model).backend
     with pytest.raises(ValueError, match="backend 'triton' cannot serve"):
         model(tokens())
+
+
+def test_a_pinned_block_leaves_the_backend_of_other_threads_alone(monkeypatch):
+    from fastvit import backend
+
+    model = timm_own_mlp()
+    seen = []
+
+    def look(module, inputs):
+        seen.append(backend.get_backend())
+        thread = threading.Thread(target=lambda: seen.append(backend.get_backend()))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(backend, "_interpreted", True)
+    kernels = {name: getattr(block.TORCH, name) for name in ("attention", "layer_norm", "add_layer_norm", "linear", "mlp")}
+    monkeypatch.setattr(block, "TRITON", type(block.TORCH)(**kernels))
+    fastvit.accelerate(model, backend="triton")
+    model.blocks[0].mlp.register_forward_pre_hook(look)
+    with fastvit.use_backend("torch"), torch.no_grad():
+        model(image())
+    assert seen == ["triton", "torch"]
+    assert backend.get_backend() == backend._current

@@ -57,10 +57,7 @@ def choose_backend(pinned: str, x: Tensor) -> str:
     """
     if pinned == "torch":
         return "torch"
-    if pinned == "auto" or pinned == backend.get_backend():
-        return backend.resolve(x)
-    with backend.use_backend(pinned):
-        return backend.resolve(x)
+    return backend.resolve(x, setting=None if pinned == "auto" else pinned)
 
 
 def compute(
@@ -79,7 +76,8 @@ def compute(
     """
     chosen = choose_backend(pinned, x)
     switch = chosen == "triton" and backend.resolve(x) != "triton"
-    with backend.use_backend("triton") if switch else nullcontext():
+    use_backend = backend.use_backend if torch.compiler.is_compiling() else backend.use_backend_in_thread
+    with use_backend("triton") if switch else nullcontext():
         ops = TRITON if chosen == "triton" else TORCH
         before, after = child(block, layout.norms.before), child(block, layout.norms.after)
         normed = handoff.collect(x, before)
