@@ -1,11 +1,14 @@
 """Input checks for the functional operators: every message names the argument, what it was, and what was expected."""
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of any other, no operator computes
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
 
 
@@ -21,7 +24,7 @@ def check_tensors(like: str, required: Sequence[str] = (), **tensors: Tensor | N
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise TypeError(
                 f"{name} of shape {_shape(tensor)} has dtype {tensor.dtype}; expected a floating-point tensor"
                 " (float32, bfloat16 or float16)"
@@ -69,14 +72,36 @@ def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
         raise ValueError(f"{name} has shape {_shape(tensor)}; expected {rank} dimensions {layout}")
 
 
+def check_number(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+
+
+def check_eps(eps: Any) -> None:
+    check_number("eps", eps)
+    if not eps >= 0:  # nan too
+        raise ValueError(f"eps is {eps!r}; expected a number of at least 0")
+
+
 def check_activation(activation: str | None) -> None:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)} or None")
 
 
 def check_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, rel_h: Tensor | None, rel_w: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    is_causal: Any,
+    scale: Any,
 ) -> None:
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal is {is_causal!r}; expected True or False")
+    if scale is not None:
+        check_number("scale", scale)
     mask_is_bool = isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool
     floats = None if mask_is_bool else attn_mask
     required = ("key", "value")
@@ -121,7 +146,10 @@ def check_attention(
             )
 
 
-def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: str, name: str = "input") -> None:
+def check_layer_norm(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Any, statistics: str, name: str = "input"
+) -> None:
+    check_eps(eps)
     tensors = {name: input, "weight": weight, "bias": bias}
     check_tensors(name, (), **tensors)
     check_affine(name, **tensors)
@@ -137,10 +165,10 @@ def check_layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, 
 
 
 def check_add_layer_norm(
-    residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, layer_scale: Tensor | None
+    residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Any, layer_scale: Tensor | None
 ) -> None:
     check_tensors("residual", ("branch",), residual=residual, branch=branch, layer_scale=layer_scale)
-    check_layer_norm(residual, weight, bias, "token", name="residual")
+    check_layer_norm(residual, weight, bias, eps, "token", name="residual")
     if branch.dtype != residual.dtype and torch.float32 not in (branch.dtype, residual.dtype):
         raise TypeError(
             f"branch of shape {_shape(branch)} has dtype {branch.dtype} while residual has {residual.dtype};"

@@ -5,8 +5,8 @@ Shapes: B batch, H heads, N queries, M keys, D head dim, C = H·D channels. Floa
 Under autocast, operators behave as PyTorch's: ``attention``, ``linear`` and ``mlp`` compute in the autocast dtype,
 the norms in float32. ``fastvit.reference`` holds the same functions in plain PyTorch: the specification.
 
-Wrong input raises ``TypeError`` (not a floating-point tensor, mixed dtypes) or ``ValueError`` (shapes, devices,
-head_dim over 256), naming the argument, its shape and what was expected.
+Wrong input raises ``TypeError`` (not a tensor of a dtype above, mixed dtypes, not a number) or ``ValueError``
+(shapes, devices, head_dim over 256, a negative eps), naming the argument, its shape and what was expected.
 """
 
 import torch
@@ -60,7 +60,7 @@ def attention(
     """
     if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query.device.type, query, key, value)
-    _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w)
+    _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if resolve(query, float32_products=rel_h is None) == "triton":
         return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
@@ -75,7 +75,7 @@ def layer_norm(
     Args:
         input: (..., C); (B, N, C) for ``statistics="image"``.
         weight, bias: (C,), in the input's dtype or float32; None leaves them out.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
         statistics: "token" normalizes over the channels, "image" over all tokens and channels of an image.
 
     Returns:
@@ -83,7 +83,7 @@ def layer_norm(
     """
     if isinstance(input, Tensor):
         input, weight, bias = _autocast(input.device.type, input, weight, bias, to_float32=True)
-    _checks.check_layer_norm(input, weight, bias, statistics)
+    _checks.check_layer_norm(input, weight, bias, eps, statistics)
     if resolve(input) == "triton":
         return _layer_norm_op.layer_norm(input, weight, bias, eps, statistics)
     return torch_backend.layer_norm(input, weight, bias, eps, statistics)
@@ -103,7 +103,7 @@ def add_layer_norm(
     Args:
         residual, branch: (..., C), of one dtype or one of them float32.
         weight, bias: (C,) of the norm, or None.
-        eps: added to the variance.
+        eps: added to the variance; at least 0.
         layer_scale: (C,), or None for 1.
 
     Returns:
@@ -112,7 +112,7 @@ def add_layer_norm(
     if isinstance(residual, Tensor):
         cast = _autocast(residual.device.type, residual, branch, weight, bias, layer_scale, to_float32=True)
         residual, branch, weight, bias, layer_scale = cast
-    _checks.check_add_layer_norm(residual, branch, weight, bias, layer_scale)
+    _checks.check_add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
     if resolve(branch if branch.dtype == torch.float64 else residual) == "triton":
         return _layer_norm_op.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
     return torch_backend.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)

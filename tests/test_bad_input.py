@@ -2,8 +2,10 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
+import torch._dynamo
 
 import fastvit
 from fastvit import functional
@@ -11,7 +13,7 @@ from fastvit import functional
 # Wrong devices need a second device: meta tensors are one that every machine has.
 ELSEWHERE = "meta"
 
-F32, F16, INT = torch.float32, torch.float16, torch.int64
+F32, F16, F8, INT = torch.float32, torch.float16, torch.float8_e4m3fn, torch.int64
 
 
 def _t(*shape, dtype=F32, device=None):
@@ -88,6 +90,11 @@ CASES = {
     "attention: rel_w of rank 3": (_attention(rel_h=_t(2, 4, 5, 2), rel_w=_t(4, 5, 3)), ValueError, "rel_w", "(4, 5, 3)"),
     "attention: integer rel_h": (
         _attention(rel_h=_t(2, 4, 5, 2, dtype=INT), rel_w=_t(2, 4, 5, 3)), TypeError, "rel_h", "(2, 4, 5, 2)"),
+    "attention: scale is no number": (_attention(scale="x"), TypeError, "scale", "'x'"),
+    "attention: is_causal is no bool": (_attention(is_causal="no"), TypeError, "is_causal", "'no'"),
+    "attention: is_causal is an integer": (_attention(is_causal=2), TypeError, "is_causal", "2"),
+    "attention: float8 query": (_attention(query=_t(2, 4, 5, 8, dtype=F8)), TypeError, "query", "(2, 4, 5, 8)"),
+    "attention: float8 mask": (_attention(attn_mask=_t(5, 6, dtype=F8)), TypeError, "attn_mask", "(5, 6)"),
     # layer_norm
     "layer_norm: input is no tensor": (_layer_norm(input=1.0), TypeError, "input", "float"),
     "layer_norm: input without dimensions": (_layer_norm(input=_t(), weight=None, bias=None), ValueError, "input", "()"),
@@ -101,6 +108,11 @@ CASES = {
     "layer_norm: unknown statistics": (_layer_norm(statistics="batch"), ValueError, "statistics", "'batch'"),
     "layer_norm: image statistics of rank 2": (
         _layer_norm(input=_t(5, 8), statistics="image"), ValueError, "input", "(5, 8)"),
+    "layer_norm: eps is no number": (_layer_norm(eps="a"), TypeError, "eps", "'a'"),
+    "layer_norm: negative eps": (_layer_norm(eps=-1e-6), ValueError, "eps", "-1e-06"),
+    "layer_norm: eps is nan": (_layer_norm(eps=float("nan")), ValueError, "eps", "nan"),
+    "layer_norm: float8 input": (
+        _layer_norm(input=_t(2, 8, dtype=F8), weight=None, bias=None), TypeError, "input", "float8_e4m3fn"),
     # add_layer_norm
     "add_layer_norm: branch missing": (_add_layer_norm(branch=None), TypeError, "branch", "None"),
     "add_layer_norm: branch of another shape": (_add_layer_norm(branch=_t(1, 5, 8)), ValueError, "branch", "(1, 5, 8)"),
@@ -123,6 +135,8 @@ CASES = {
         _add_layer_norm(weight=_t(8, dtype=F16)), TypeError, "weight", "(8,)"),
     "add_layer_norm: branch on another device": (
         _add_layer_norm(branch=_t(2, 5, 8, device=ELSEWHERE)), ValueError, "branch", "(2, 5, 8) is on meta"),
+    "add_layer_norm: eps is no number": (_add_layer_norm(eps=None), TypeError, "eps", "None"),
+    "add_layer_norm: negative eps": (_add_layer_norm(eps=-1), ValueError, "eps", "-1"),
     # linear
     "linear: input is no tensor": (_linear(input=None), TypeError, "input", "NoneType"),
     "linear: weight missing": (_linear(weight=None), TypeError, "weight", "None"),
@@ -138,6 +152,8 @@ CASES = {
     "linear: weight on another device": (
         _linear(weight=_t(6, 8, device=ELSEWHERE)), ValueError, "weight", "(6, 8) is on meta"),
     "linear: unknown activation": (_linear(activation="swish"), ValueError, "activation", "'swish'"),
+    "linear: float8 tensors": (
+        _linear(input=_t(2, 8, dtype=F8), weight=_t(6, 8, dtype=F8), bias=None), TypeError, "input", "float8_e4m3fn"),
     # mlp
     "mlp: input of other channels": (_mlp(input=_t(2, 5, 9)), ValueError, "input", "(2, 5, 9)"),
     "mlp: fc2_weight missing": (_mlp(fc2_weight=None), TypeError, "fc2_weight", "None"),
@@ -192,3 +208,20 @@ def test_bad_input_under_autocast(device):
         functional.linear(_t(2, 8, device=device), _t(8, device=device))
     with torch.autocast(device, dtype=torch.bfloat16), pytest.raises(TypeError, match="input"):
         functional.linear(_t(2, 8, dtype=INT, device=device), _t(6, 8, device=device))
+
+
+def test_numbers_of_every_kind_are_numbers(backend, device):
+    """numpy's among them, and those that torch.compile makes symbolic."""
+    q, x = _t(1, 1, 2, 8, device=device), _t(2, 8, device=device)
+    for number in (1, 0.5, np.float32(0.5), np.float64(0.5), np.int64(1)):
+        functional.attention(q, q, q, scale=number)
+        functional.layer_norm(x, eps=number)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda q, x, scale, eps: (functional.attention(q, q, q, scale=scale), functional.layer_norm(x, eps=eps)),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for scale, eps in ((0.5, 1e-6), (0.25, 1e-5), (0.125, 1e-4)):
+        compiled(q, x, scale, eps)
