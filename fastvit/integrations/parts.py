@@ -195,9 +195,13 @@ def _why_not_linear(path: str, module: nn.Module | None) -> str | None:
 def _activation(module: nn.Module | None) -> str | None:
     if module is None or _package(module) not in layouts.ACTIVATION_PACKAGES:
         return None
-    if type(module) is nn.GELU and module.approximate == "tanh":
-        return "gelu_tanh"
+    if type(module) is nn.GELU:
+        return _gelu(module)
     return layouts.ACTIVATIONS.get(_name(module))
+
+
+def _gelu(module: Any) -> str:
+    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
 
 
 def _head_count(owner: nn.Module | None) -> int | None:
@@ -224,11 +228,11 @@ def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
             return f"{path} has hooks"
         if module._forward_hooks and not _only_idle_captures(module):
             return f"{path} has forward hooks"
+        if kind is nn.GELU and _gelu(module) != layout.activation:  # of the other kinds, each class has one meaning
+            return f"{path} now computes something else than {layout.activation}"
         weight = module._parameters.get("weight") if kind is nn.Linear else None
         if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
-    if layout.mlp is not None and _activation(child(block, layout.mlp.activation)) != layout.activation:
-        return f"{layout.mlp.activation} now computes something else than {layout.activation}"
     owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
     flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
