@@ -10,7 +10,7 @@ import fnmatch
 import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -180,8 +180,9 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
 
     The model is left as it was and not copied; one in a lower precision needs its parameters in float32 once for the call.
     The result has ``max_abs_error``, ``relative_error`` (of the largest value of an output), ``passed`` (relative error at
-    most 1e-4) and reads as one line. Both runs begin with the same random state. Raises ``ValueError`` when ``model`` has no
-    accelerated block, ``TypeError`` when it is no module.
+    most 1e-4) and reads as one line. Where a GPU serves the model, its blocks on ``auto`` are held to the kernels, which
+    ``auto`` would leave aside in float32: what is verified is what serves the model in half precision. Both runs begin with
+    the same random state. Raises ``ValueError`` when ``model`` has no accelerated block, ``TypeError`` when it is no module.
     """
     _check_module(model)
     blocks = [module for module in model.modules() if swap.is_served(module)]
@@ -192,12 +193,23 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
     for serving in servings:
         serving.fallback = None
     try:
-        result = compare(model, inputs, keywords, without=lambda: _own_forwards(blocks))
+        within = _with_kernels if _kernels_serve(model) else nullcontext
+        result = compare(model, inputs, keywords, within, without=lambda: _own_forwards(blocks))
         fused = sum(serving.fallback is None for serving in servings)
     finally:
         for serving, fallback in zip(servings, before, strict=True):
             serving.fallback = fallback
     return replace(result, blocks=len(blocks), fused_blocks=fused)
+
+
+def _kernels_serve(model: nn.Module) -> bool:
+    """Whether ``auto`` is in force and means the kernels for this model in half precision."""
+    gpus = {tensor.device for tensor in itertools.chain(model.parameters(), model.buffers()) if tensor.is_cuda}
+    return _backend.get_backend() == "auto" and bool(gpus) and all(_backend.why_not_triton(gpu) is None for gpu in gpus)
+
+
+def _with_kernels():
+    return _backend.use_backend_in_thread("triton")
 
 
 # --- walk and swap ------------------------------------------------------------------------------------------------------

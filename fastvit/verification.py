@@ -37,9 +37,13 @@ class Verification:
 
 
 def compare(
-    model: nn.Module, inputs: tuple, keywords: dict[str, Any], without: Callable[[], AbstractContextManager]
+    model: nn.Module,
+    inputs: tuple,
+    keywords: dict[str, Any],
+    within: Callable[[], AbstractContextManager],
+    without: Callable[[], AbstractContextManager],
 ) -> Verification:
-    """Outputs of ``model`` against those within ``without()``, in evaluation mode and float32, from one random state.
+    """Outputs of ``model`` ``within()`` against ``without()``, in evaluation mode and float32, from one random state.
 
     Raises ``ValueError`` when the two outputs differ in structure or shape, or hold no tensor.
     """
@@ -51,7 +55,7 @@ def compare(
     try:
         model.eval()
         with torch.no_grad(), _no_autocast(device_types):
-            with torch.random.fork_rng(gpus):  # so that both draw the same random numbers
+            with within(), torch.random.fork_rng(gpus):  # so that both draw the same random numbers
                 actual = torch.func.functional_call(model, lower, inputs, keywords)
             with without(), torch.random.fork_rng(gpus):
                 expected = torch.func.functional_call(model, lower, inputs, keywords)
