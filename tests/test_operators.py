@@ -124,6 +124,19 @@ def test_opcheck(name, sample):
     torch.library.opcheck(getattr(torch.ops.fastvit, name).default, SAMPLES[name][sample]())
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_results_of_the_librarys_products_may_be_written_over(bias):
+    """``auto`` leaves products with nothing to fuse to the vendor's library, and their results are as fresh."""
+    x, w, b = _t(2, 5, 8).requires_grad_(), _t(6, 8).requires_grad_(), _t(6).requires_grad_() if bias else None
+    with fastvit.use_backend("auto"):
+        out = linear.linear(x, w, b, None)
+        torch.testing.assert_close(out, torch.nn.functional.linear(x, w, b))
+        out += 1
+        out.sum().backward()
+        torch.library.opcheck(torch.ops.fastvit.linear_forward.default, (x, w, b, None, False))
+    torch.testing.assert_close(x.grad, w.sum(0).expand_as(x))
+
+
 # --- through the public wrappers ------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,8 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, shape: Sequence[i
     out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
     rows = out.view(a.shape[0], b.shape[0])
     if get_backend() == "auto" and not fused and not _launch.recording():
-        torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
+        with torch.no_grad():  # raw operators record nothing, and out= refuses tensors that want a gradient
+            torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
     else:
         kernel.launch_linear(a, b, contiguous(bias), rows, **epilogue)
     return out
