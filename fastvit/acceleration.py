@@ -221,6 +221,8 @@ def _plan(model: nn.Module, selected: dict[str, str | None]) -> _Plan:
     skipped: dict[str, str] = {}
     proofs: dict[tuple, str | None] = {}
     for name, module in model.named_modules():
+        if any(name.startswith(f"{served}.") or not served for served in layouts):  # computed by the module around it
+            continue
         layout = find_layout(module)
         if layout is None:
             continue
@@ -255,11 +257,8 @@ def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
         swap.serve(model.get_submodule(name), swap.Serving(layout, backend))
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
-            blocks = list(container)
-            for block, following in itertools.pairwise(blocks):
-                if swap.is_served(block) and swap.is_served(following):
-                    norm: Any = following.get_submodule(following.__dict__[swap.ATTRIBUTE].layout.norms.before)
-                    block.__dict__[swap.ATTRIBUTE].next_norm = norm
+            for module, following in itertools.pairwise(container):
+                swap.link(module, following)
 
 
 def _release(model: nn.Module) -> None:

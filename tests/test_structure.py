@@ -14,8 +14,8 @@ LAYERS = [
     {"nn"},
     {"models"},
     {"integrations"},
-    {"acceleration", "verification"},
-    {"checkpoints", "images", "pipelines", "demo"},
+    {"acceleration", "verification", "reporting", "attention_maps"},
+    {"checkpoints", "images", "loading", "pipelines", "demo"},
     {"cli", "web"},
     {"__main__"},
 ]

@@ -99,6 +99,13 @@ def release(module: nn.Module) -> None:
     module.__dict__.pop(ATTRIBUTE, None)
 
 
+def link(module: nn.Module, following: nn.Module) -> None:
+    """Lets a served block end with the first norm of the served block that follows it (see ``handoff``)."""
+    if is_served(module) and is_served(following):
+        norm: Any = following.get_submodule(following.__dict__[ATTRIBUTE].layout.norms.before)
+        module.__dict__[ATTRIBUTE].next_norm = norm
+
+
 def _note(serving: Serving | None, reason: str | None) -> None:
     if serving is not None and not torch.compiler.is_compiling() and serving.fallback != reason:
         serving.fallback = reason
