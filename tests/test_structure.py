@@ -14,7 +14,7 @@ LAYERS = [
     {"nn"},
     {"models"},
     {"integrations"},
-    {"acceleration", "verification", "reporting", "attention_maps"},
+    {"acceleration", "verification", "reporting", "maps"},
     {"checkpoints", "images", "loading", "pipelines", "demo"},
     {"cli", "web"},
     {"__main__"},
