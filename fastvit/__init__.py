@@ -25,6 +25,7 @@ _LAZY = {
     "restore": "acceleration",
     "verify": "acceleration",
 }
+_LAZY_MODULES = ("models", "nn")
 
 __all__ = [
     "__version__",
@@ -32,6 +33,8 @@ __all__ = [
     "accelerated",
     "functional",
     "get_backend",
+    "models",
+    "nn",
     "reference",
     "report",
     "restore",
@@ -47,6 +50,10 @@ def __getattr__(name):
         value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
         globals()[name] = value
         return value
+    if name in _LAZY_MODULES:
+        import importlib
+
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module 'fastvit' has no attribute {name!r}")
 
 
