@@ -197,3 +197,78 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
     if weight.shape[0] == 0 or weight.shape[1] == 0:
         raise ValueError(f"{prefix}weight has shape {_shape(weight)}; expected at least one feature on either side")
     check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"{prefix}weight has shape", weight)
+
+
+GLU_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "sigmoid")
+
+
+def check_glu(gate: Tensor, value: Tensor, activation: str) -> None:
+    if activation not in GLU_ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(GLU_ACTIVATIONS)}")
+    check_tensors("gate", ("value",), gate=gate, value=value)
+    check_same_dtype("gate", gate=gate, value=value)
+    if gate.dim() < 1 or gate.shape[-1] == 0:
+        raise ValueError(f"gate has shape {_shape(gate)}; expected at least one channel in the last dimension")
+    check_shape("value", value, gate.shape, "the shape of gate")
+
+
+def _check_tables(query: Tensor, cos: Tensor, sin: Tensor) -> None:
+    batch, _, tokens, dim = query.shape
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name} of shape {_shape(table)} requires a gradient; expected a constant: qk_norm_rope is not"
+                f" differentiable in its tables (use {name}.detach(), or fastvit.reference)"
+            )
+        lead = tuple(table.shape[:-2])
+        fits = 2 <= table.dim() <= 4 and lead in ((), (1,), (batch,), (1, 1), (batch, 1))
+        if not fits or table.shape[-1] != dim or not 1 <= table.shape[-2] <= tokens:
+            raise ValueError(
+                f"{name} has shape {_shape(table)}; expected (T, D), (B or 1, T, D) or (B or 1, 1, T, D) with 1 ≤ T ≤ tokens:"
+                f" query has shape {_shape(query)}"
+            )
+    check_shape("sin", sin, cos.shape, "the shape of cos")
+    if dim % 2:
+        raise ValueError(f"query has shape {_shape(query)}; expected an even head_dim for rotary positions")
+
+
+def check_qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: Any,
+    norm: str | None,
+    eps: Any,
+    **params: Tensor | None,
+) -> None:
+    """``params``: query_weight, query_bias, key_weight, key_bias."""
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved is {interleaved!r}; expected True or False")
+    if norm not in (None, "layer", "rms"):
+        raise ValueError(f"norm is {norm!r}; expected 'layer', 'rms' or None")
+    check_eps(eps)
+    check_tensors("query", ("key",), query=query, key=key, cos=cos, sin=sin, **params)
+    check_same_dtype("query", query=query, key=key)
+    check_affine("query", query=query, **params)
+    check_rank("query", query, 4, "(batch, heads, tokens, head_dim)")
+    check_rank("key", key, 4, "(batch, key heads, tokens, head_dim)")
+    batch, heads, tokens, dim = query.shape
+    check_shape("key", key, (batch, key.shape[1], tokens, dim), "query has shape", query)
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        raise ValueError(f"query has shape {_shape(query)}; expected a head_dim from 1 to {MAX_HEAD_DIM}")
+    if heads < 1 or key.shape[1] < 1 or tokens < 1:
+        raise ValueError(f"query has shape {_shape(query)} and key {_shape(key)}; expected at least one head and one token")
+    if (cos is None) != (sin is None):
+        raise ValueError(f"{'cos' if cos is None else 'sin'} is None; expected cos and sin together or neither")
+    if cos is None and norm is None:
+        raise ValueError("cos, sin and norm are None; expected rotary positions, a norm, or both")
+    if cos is not None and sin is not None:
+        _check_tables(query, cos, sin)
+    for name, parameter in params.items():
+        if parameter is not None and (norm is None or (norm == "rms" and name.endswith("bias"))):
+            needed = "'layer'" if name.endswith("bias") else "'layer' or 'rms'"
+            raise ValueError(
+                f"{name} of shape {_shape(parameter)} is given and norm is {norm!r}; expected norm {needed} beside it"
+            )
+        check_shape(name, parameter, (dim,), "query has shape", query)

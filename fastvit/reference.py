@@ -153,3 +153,66 @@ def mlp(
 ) -> Tensor:
     """activation(x·W1ᵀ + b1)·W2ᵀ + b2."""
     return linear(linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
+
+
+def rotate_pairs(x: Tensor, interleaved: bool) -> Tensor:
+    """Every pair (a, b) of the last dimension turned by 90°: (−b, a); pairs (i, i + D/2), or (2i, 2i+1) interleaved."""
+    if interleaved:
+        return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def _norm_and_rotate(x, cos, sin, interleaved, norm, weight, bias, eps) -> Tensor:
+    if norm == "layer":
+        y = layer_norm(x, weight, bias, eps)
+    elif norm == "rms":
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        y = y if weight is None else y * weight
+    elif norm is None:
+        y = x
+    else:
+        raise ValueError(f"norm is {norm!r}; expected 'layer', 'rms' or None")
+    if cos is None or sin is None:
+        return y.to(x.dtype)
+    cos, sin = (t.unsqueeze(1) if t.dim() == 3 else t for t in (cos, sin))
+    prefix, rotated = y.tensor_split([x.shape[2] - cos.shape[-2]], dim=2)
+    rotated = rotated * cos + rotate_pairs(rotated, interleaved) * sin
+    return torch.cat([prefix, rotated], dim=2).to(x.dtype)
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    norm: str | None = None,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """y·cos + rotate_pairs(y)·sin with y = norm(x), for x = query (B,H,N,D) and x = key (B,Hk,N,D).
+
+    ``norm``: "layer", "rms" (x / sqrt(mean(x²) + eps) · weight; Zhang & Sennrich 2019) over D, or None (Dehghani et al.
+    2023, ViT-22B, normalize queries and keys). cos, sin: rotary positions (Su et al. 2021), (T, D), (B or 1, T, D) or
+    (B or 1, 1, T, D); the first N − T tokens are not rotated.
+    """
+    return (
+        _norm_and_rotate(query, cos, sin, interleaved, norm, query_weight, query_bias, eps),
+        _norm_and_rotate(key, cos, sin, interleaved, norm, key_weight, key_bias, eps),
+    )
+
+
+def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(gate)·value (Shazeer 2020); beside ``activate``'s, silu: x·σ(x) and sigmoid: σ(x)."""
+    if activation == "silu":
+        return gate * torch.sigmoid(gate) * value
+    if activation == "sigmoid":
+        return torch.sigmoid(gate) * value
+    if activation is None:
+        raise ValueError("activation is None; expected silu, gelu, gelu_tanh, quick_gelu, relu or sigmoid")
+    return activate(gate, activation) * value
