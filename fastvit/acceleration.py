@@ -9,9 +9,9 @@ runs its own forward where something was.
 import fnmatch
 import itertools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,45 +20,13 @@ from torch import Tensor, nn
 from . import backend as _backend
 from .integrations import probe, swap
 from .integrations.parts import Layout, find_layout
+from .reporting import Report, count_flops
 from .verification import Verification, compare
 
 __all__ = ["Report", "Verification", "accelerate", "accelerated", "report", "restore", "verify"]
 
 STATE = "_fastvit_state"
 Model = TypeVar("Model", bound=nn.Module)
-
-
-@dataclass
-class Report:
-    """What ``accelerate`` did, or would do (``planned``).
-
-    ``replaced``: module name → what serves it. ``skipped``: module name → why it was left as it was. ``fallbacks``: module
-    name → why a served module last ran its own forward. ``accelerated``: whether the model is. ``str()`` gives a table.
-    """
-
-    replaced: dict[str, str] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    fallbacks: dict[str, str] = field(default_factory=dict)
-    backend: str = ""
-    planned: bool = False
-    accelerated: bool = True
-
-    def __str__(self) -> str:
-        if not (self.accelerated or self.planned):
-            return "fastvit: not accelerated (call fastvit.accelerate(model) first)"
-        if not self.replaced and not self.skipped:
-            return "fastvit: nothing to replace (the model has no transformer block of a known layout)"
-        verb = "would be replaced (dry run)" if self.planned else "replaced"
-        lines = [f"fastvit: {len(self.replaced)} blocks {verb}, {len(self.skipped)} left as they were"]
-        if self.replaced and self.backend:
-            lines.append(f"backend: {self.backend}")
-        rows = {**self.replaced, **{name: f"left alone: {reason}" for name, reason in self.skipped.items()}}
-        width = max(map(len, rows))
-        for name, text in rows.items():
-            lines.append(f"  {name or '(the model)':<{width}}  {text}")
-            if name in self.fallbacks:
-                lines.append(f"  {'':<{width}}  ! its last call ran its own forward: {self.fallbacks[name]}")
-        return "\n".join(lines)
 
 
 @dataclass
@@ -76,7 +44,7 @@ class _Plan:
     skipped: dict[str, str]
 
 
-_dry_runs: "weakref.WeakKeyDictionary[nn.Module, Report]" = weakref.WeakKeyDictionary()
+_dry_runs: "weakref.WeakKeyDictionary[nn.Module, tuple[Report, dict[str, Layout]]]" = weakref.WeakKeyDictionary()
 
 
 def accelerate(
@@ -95,7 +63,7 @@ def accelerate(
     with the new options. Nothing is left half done: when it raises, the model is as it was.
 
     Args:
-        model: any module; blocks of Hugging Face ViT and DINOv2 and of timm's VisionTransformer are served today.
+        model: any module; docs/compatibility.md lists the families whose blocks are served.
         include, exclude: glob patterns on module names ("encoder.layer.*"); a pattern also takes what lies inside a module
             that it matches. Excluded blocks appear in the report.
         backend: "auto" follows ``fastvit.get_backend()`` at every call; "triton" or "torch" pins these blocks to one.
@@ -119,7 +87,8 @@ def accelerate(
             _revert(restored)
             accelerated = STATE in model.__dict__ or any(map(swap.is_served, model.modules()))
             planned = {name: layout.describe() for name, layout in plan.layouts.items()}
-            _dry_runs[model] = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, accelerated)
+            found = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, accelerated)
+            _dry_runs[model] = found, plan.layouts
             return model
         _serve(model, plan, backend)
         options = {"include": include, "exclude": exclude, "backend": backend}
@@ -150,29 +119,51 @@ def restore(model: Model) -> Model:
     """
     _check_module(model)
     _check_unwrapped(model)
-    _release(model)
+    with _undone_on_error(model):
+        _release(model)
     _dry_runs.pop(model, None)
     return model
 
 
-def report(model: nn.Module) -> Report:
+def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     """What serves which block of ``model``, what was left alone and why; after ``dry_run=True``, what would be.
 
-    Raises ``TypeError`` when ``model`` is no module.
+    With ``inputs``, also how much of the arithmetic that is (``.flops``, ``.total_flops``, ``.fused_share``): the model runs
+    once on them, with its own forwards in evaluation mode and without gradients; a model and inputs on the ``meta`` device
+    are counted without computing. A module that a fused path calls as it is (an MLP of another kind, an adapter) does not
+    count as fused, nor does a block in ``.fallbacks``.
+
+    Raises ``TypeError`` when ``model`` is no module; with inputs, ``ValueError`` when its served blocks were wrapped since.
     """
     _check_module(model)
-    state: _State | None = model.__dict__.get(STATE)
+    found, layouts = _found(model)
+    if not inputs and not keywords:
+        return found
+    _check_unwrapped(model)
+    modules = dict(model.named_modules())
+    blocks = {name: modules[name] for name in layouts if name in modules and name not in found.fallbacks}
+    called = {name: getattr(layouts[name], "called", ()) for name in blocks}
+    without = _Switch(model).off
+    flops, total = count_flops(model, inputs, keywords, blocks, called, without)
+    return replace(found, flops={name: flops.get(name, 0) for name in layouts}, total_flops=total)
+
+
+def _found(model: nn.Module) -> tuple[Report, dict[str, Layout]]:
+    """The report without FLOPs, and the layout of every block in it that is served, or would be."""
     if model in _dry_runs:
-        return replace(_dry_runs[model])
+        planned, layouts = _dry_runs[model]
+        return replace(planned), {name: layouts[name] for name in planned.replaced}
+    state: _State | None = model.__dict__.get(STATE)
     served = {name: m.__dict__.get(swap.ATTRIBUTE) for name, m in model.named_modules() if swap.is_served(m)}
-    replaced = {name: serving.layout.describe() for name, serving in served.items() if serving is not None}
+    layouts = {name: serving.layout for name, serving in served.items() if serving is not None}
+    replaced = {name: layout.describe() for name, layout in layouts.items()}
     fallbacks = {name: serving.fallback for name, serving in served.items() if serving is not None and serving.fallback}
     pinned = state.options["backend"] if state else next((s.backend for s in served.values() if s), "auto")
     skipped = dict(state.skipped) if state else {}
     gone = [name for name in state.served if name not in served] if state else []
     skipped.update(dict.fromkeys(gone, "it was served, and was restored or replaced since"))
     accelerated = bool(replaced) or (state is not None and not gone)
-    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=accelerated)
+    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=accelerated), layouts
 
 
 def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
@@ -180,26 +171,70 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
 
     The model is left as it was and not copied; one in a lower precision needs its parameters in float32 once for the call.
     The result has ``max_abs_error``, ``relative_error`` (of the largest value of an output), ``passed`` (relative error at
-    most 1e-4) and reads as one line. Where a GPU serves the model, its blocks on ``auto`` are held to the kernels, which
-    ``auto`` would leave aside in float32: what is verified is what serves the model in half precision. Both runs begin with
-    the same random state. Raises ``ValueError`` when ``model`` has no accelerated block, ``TypeError`` when it is no module.
+    most 1e-4) and reads as one line, or two when a block is out of line. Where a GPU serves the model, its blocks on
+    ``auto`` are held to the kernels, which ``auto`` would leave aside in float32: what is verified is what serves the model
+    in half precision. Both runs begin with the same random state.
+
+    ``trace`` has, for every call of a block, the error of its output and its own error: that of the accelerated block given
+    the input that it gets in the original, which is what tells a wrong block (``first_out_of_line``) from those after it,
+    which inherit its error. For that a block on the fused path runs three times in all, and its outputs of the accelerated
+    run wait on the CPU.
+
+    Raises ``ValueError`` when ``model`` has no accelerated block or its blocks were wrapped since (``fully_shard``),
+    ``TypeError`` when it is no module.
     """
     _check_module(model)
-    blocks = [module for module in model.modules() if swap.is_served(module)]
-    if not blocks:
+    _check_unwrapped(model)
+    switch = _Switch(model)
+    if not switch.servings:
         raise ValueError("model has no accelerated block to verify; call fastvit.accelerate(model) first")
-    servings: list[swap.Serving] = [block.__dict__[swap.ATTRIBUTE] for block in blocks]
-    before = [serving.fallback for serving in servings]
-    for serving in servings:
-        serving.fallback = None
+    within = _with_kernels if _kernels_serve(model) else nullcontext
+    before = {module: serving.fallback for module, serving in switch.servings.items()}
     try:
-        within = _with_kernels if _kernels_serve(model) else nullcontext
-        result = compare(model, inputs, keywords, within, without=lambda: _own_forwards(blocks))
-        fused = sum(serving.fallback is None for serving in servings)
+        for serving in switch.servings.values():
+            serving.fallback = None
+        return compare(
+            model,
+            inputs,
+            keywords,
+            switch.blocks,
+            within=within,
+            without=switch.off,
+            again=lambda block: switch.on(block, within),
+            fell_back=lambda block: switch.servings[block].fallback is not None,
+        )
     finally:
-        for serving, fallback in zip(servings, before, strict=True):
-            serving.fallback = fallback
-    return replace(result, blocks=len(blocks), fused_blocks=fused)
+        for module, fallback in before.items():
+            switch.servings[module].fallback = fallback
+
+
+class _Switch:
+    """Turns the served blocks of a model off for a while, and single ones on again meanwhile."""
+
+    def __init__(self, model: nn.Module):
+        served = {name: module for name, module in model.named_modules() if swap.is_served(module)}
+        self.blocks = {name: module for name, module in served.items() if swap.ATTRIBUTE in module.__dict__}
+        self.servings: dict[nn.Module, swap.Serving] = {m: m.__dict__[swap.ATTRIBUTE] for m in self.blocks.values()}
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        try:
+            for block in self.servings:
+                swap.release(block)
+            yield
+        finally:
+            for block, serving in self.servings.items():
+                if not swap.is_served(block):
+                    swap.serve(block, serving)
+
+    @contextmanager
+    def on(self, block: nn.Module, within: Callable[[], AbstractContextManager]) -> Iterator[None]:
+        swap.serve(block, self.servings[block])
+        try:
+            with within():
+                yield
+        finally:
+            swap.release(block)
 
 
 def _kernels_serve(model: nn.Module) -> bool:
@@ -271,7 +306,8 @@ def _release(model: nn.Module) -> None:
 def _check_unwrapped(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if swap.is_wrapped(module):
-            raise ValueError(f"{name} was given the class {type(module).__name__} after accelerate; undo that first")
+            wrapper = type(module).__name__
+            raise ValueError(f"{name} was given the class {wrapper} after accelerate (as fully_shard does); undo that first")
 
 
 _Snapshot = list[tuple[nn.Module, type, dict[str, Any]]]
@@ -293,25 +329,18 @@ def _revert(snapshot: _Snapshot) -> None:
 
 @contextmanager
 def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    snapshot = _snapshot(model)
+    """Everything that serving writes lies in the modules' classes and ``__dict__``s; both are put back as they were."""
+    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
     try:
         yield
     except BaseException:
-        _revert(snapshot)
+        for module, cls, entries in before:
+            if type(module) is not cls:
+                module.__class__ = cls
+            for key in module.__dict__.keys() - entries.keys():
+                del module.__dict__[key]
+            module.__dict__.update(entries)
         raise
-
-
-@contextmanager
-def _own_forwards(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Within it the blocks have their own classes back."""
-    classes = [type(block) for block in blocks]
-    try:
-        for block in blocks:
-            block.__class__ = swap.original_class(type(block))
-        yield
-    finally:
-        for block, cls in zip(blocks, classes, strict=True):
-            block.__class__ = cls
 
 
 # --- options ------------------------------------------------------------------------------------------------------------
