@@ -36,10 +36,18 @@ def position_similarity(table: Tensor) -> Tensor:
 def resize_positions(table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """A learned table (1, 1 + h·w, dim) for a grid of another size: bicubic, antialiased, in float32, as timm does.
 
-    The first row, the class token's, is kept.
+    The first row, the class token's, is kept. Rows and columns are each a matrix product, so that the gradient is
+    deterministic on every device and can be compiled for any size, which PyTorch's own interpolation is not.
     """
     if old_grid == new_grid:
         return table
-    grid = table[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", antialias=True).to(table.dtype)
-    return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    rows, columns = (_bicubic(old, new, table.device) for old, new in zip(old_grid, new_grid, strict=True))
+    with torch.autocast(table.device.type, enabled=False):
+        grid = torch.einsum("yh,bhwc,xw->byxc", rows, table[:, 1:].float().unflatten(1, old_grid), columns)
+    return torch.cat([table[:, :1], grid.flatten(1, 2).to(table.dtype)], dim=1)
+
+
+def _bicubic(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old): row i holds the weights that bicubic interpolation gives to the old places at the new place i."""
+    places = torch.eye(old, device=device)[None, None]
+    return F.interpolate(places, size=(new, old), mode="bicubic", antialias=True)[0, 0]
