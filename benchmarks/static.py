@@ -36,8 +36,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvit.ops import attention as attention_op
+from fastvit.ops import glu as glu_op
 from fastvit.ops import layer_norm as layer_norm_op
 from fastvit.ops import linear as linear_op
+from fastvit.ops import rotary as rotary_op
 
 # The table's name → the GPU it is compiled for. The default table serves GPUs without one of their own; sm_89 is such a GPU,
 # with the least shared memory of those that Triton serves.
@@ -119,6 +121,26 @@ def _mlp_training(rows: int, dtype: torch.dtype = HALF) -> None:
     linear_op.mlp_backward(out, x, fc1, fc2, pre, "gelu", True, True, [True] * 5)
 
 
+def _glu(channels: int, dtype: torch.dtype = HALF, activation: str = "silu") -> None:
+    """Gate and value as the halves of one packed tensor."""
+    gate, value = _meta(8, 197, 2 * channels, dtype=dtype).chunk(2, dim=-1)
+    out = glu_op.glu_forward(gate, value, activation)
+    glu_op.glu_backward(out, gate, value, activation)
+
+
+def _qk_norm_rope(dim: int, norm: str | None, interleaved: bool, dtype: torch.dtype = HALF, rotate: bool = True) -> None:
+    """q and k as slices of one (B, N, 3, H, D) tensor, one class token before the rotated ones."""
+    query, key, _ = _meta(2, 197, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    cos, sin = (_meta(1, 196, dim, dtype=SINGLE) if rotate else None for _ in range(2))
+    weight, bias = (_meta(dim, dtype=SINGLE) if wanted else None for wanted in (norm, norm == "layer"))
+    shared = (cos, sin, interleaved, norm, weight, bias, weight, bias, 1e-6)
+    out = rotary_op.qk_norm_rope_forward(query, key, *shared, False)
+    if norm is None:
+        rotary_op.qk_norm_rope_forward(*out, *shared, True)
+    else:
+        rotary_op.qk_norm_rope_backward(*out, query, key, *shared)
+
+
 def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[int]:
     """One value of the shape number ``name`` for every row of ``ops``: each row's bound, and one beyond them all."""
     rows = [row for op, rows in table(target)["ops"].items() if op in ops for row in rows]
@@ -160,6 +182,17 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
+
+    for activation in ("silu", "gelu", "sigmoid"):
+        yield f"glu bf16 C=2048 {activation}", partial(_glu, 2048, HALF, activation)
+    yield "glu fp32 C=2048 gelu", partial(_glu, 2048, SINGLE, "gelu")
+
+    for dim in _bounds(target, "dim", ("qk_norm_rope", "qk_norm_rope_backward"), 256):
+        yield f"qk_norm_rope bf16 D={dim}", partial(_qk_norm_rope, dim, None, False)
+        yield f"qk_norm_rope bf16 D={dim} layer interleaved", partial(_qk_norm_rope, dim, "layer", True)
+        yield f"qk_norm_rope fp32 D={dim} layer", partial(_qk_norm_rope, dim, "layer", False, SINGLE)
+    yield "qk_norm_rope bf16 D=80 layer", partial(_qk_norm_rope, 80, "layer", False)
+    yield "qk_norm_rope bf16 D=64 rms, not rotated", partial(_qk_norm_rope, 64, "rms", False, rotate=False)
 
 
 @dataclass

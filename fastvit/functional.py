@@ -3,7 +3,8 @@
 Shapes: B batch, H heads, N queries, M keys, D head dim, C = H·D channels. Floating-point tensors of one dtype
 (float32, bfloat16, float16; float64 on the torch backend) and one device, of any strides; results are fresh tensors.
 Under autocast, operators behave as PyTorch's: ``attention``, ``linear`` and ``mlp`` compute in the autocast dtype,
-the norms in float32. ``fastvit.reference`` holds the same functions in plain PyTorch: the specification.
+the norms in float32; ``glu`` and ``qk_norm_rope`` keep the dtype they are given. ``fastvit.reference`` holds the same
+functions in plain PyTorch: the specification.
 
 Wrong input raises ``TypeError`` (not a tensor of a dtype above, mixed dtypes, not a number) or ``ValueError``
 (shapes, devices, head_dim over 256, a negative eps), naming the argument, its shape and what was expected.
@@ -15,11 +16,13 @@ from torch import Tensor
 from . import _checks
 from .backend import resolve
 from .ops import attention as _attention_op
+from .ops import glu as _glu_op
 from .ops import layer_norm as _layer_norm_op
 from .ops import linear as _linear_op
+from .ops import rotary as _rotary_op
 from .ops import torch_backend
 
-__all__ = ["add_layer_norm", "attention", "layer_norm", "linear", "mlp"]
+__all__ = ["add_layer_norm", "attention", "glu", "layer_norm", "linear", "mlp", "qk_norm_rope"]
 
 
 def _autocast(device_type: str, *tensors: Tensor | None, to_float32: bool = False) -> tuple:
@@ -174,3 +177,62 @@ def mlp(
     if resolve(input, float32_products=True) == "triton":
         return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    norm: str | None = None,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys normalized (Dehghani et al. 2023, ViT-22B) and turned to their positions (Su et al. 2021), in one pass.
+
+    y·cos + r(y)·sin with y = norm(x), in float32 and rounded once.
+
+    Args:
+        query: (B, H, N, D), D from 1 to 256; the slices of a packed (B, N, 3, H, D) are read in place.
+        key: (B, Hk, N, D).
+        cos, sin: (T, D), (B or 1, T, D) or (B or 1, 1, T, D), T ≤ N, of any floating-point dtype; both or neither, D even.
+            The first N − T tokens (class and register tokens) are not rotated. Constants: they get no gradient.
+        interleaved: r(y) = [−y1, y0, −y3, y2, …] instead of [−y_D/2, …, −y_D−1, y0, …, y_D/2−1].
+        norm: "layer" (layer norm over D), "rms" (x / sqrt(mean(x²) + eps) · weight; Zhang & Sennrich 2019) or None.
+        query_weight, key_weight: (D,), in the query's dtype or float32, or None.
+        query_bias, key_bias: likewise, for "layer" alone.
+        eps: added to the variance or the mean square; at least 0.
+
+    Returns:
+        (query, key), each of its argument's shape and dtype. Without gradients their memory is in the order (B, N, H, D), in
+        which attention reads the rows of a projection. Differentiable in query, key, weights and biases.
+
+    Raises:
+        ValueError: neither tables nor a norm, one table without the other, or a table that requires a gradient.
+    """
+    params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
+    _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, **params)
+    cos, sin = (t if t is None else t.reshape(-1, *t.shape[-2:]) if t.dim() != 4 else t.squeeze(1) for t in (cos, sin))
+    op = _rotary_op if resolve(query) == "triton" else torch_backend
+    return op.qk_norm_rope(query, key, cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps)
+
+
+def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:
+    """activation(gate)·value, the gated linear unit between two projections (Shazeer 2020; SwiGLU for "silu").
+
+    Args:
+        gate, value: (..., C), of one shape; the halves of a packed (..., 2·C) are read in place.
+        activation: "silu" (x·σ(x)), "gelu" (erf), "gelu_tanh", "quick_gelu" (x·σ(1.702x)), "relu" or "sigmoid".
+
+    Returns:
+        (..., C).
+    """
+    _checks.check_glu(gate, value, activation)
+    if resolve(gate) == "triton":
+        return _glu_op.glu(gate, value, activation)
+    return torch_backend.glu(gate, value, activation)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvit
 from fastvit import functional
 from fastvit.ops import attention as attention_op  # registers torch.ops.fastvit.*
-from fastvit.ops import layer_norm, linear  # noqa: F401
+from fastvit.ops import glu, layer_norm, linear, rotary  # noqa: F401
 from tests.conftest import ON_GPU
 
 # --- the raw operators ----------------------------------------------------------------------------------------------------
@@ -60,6 +60,22 @@ def _mlp_backward(activation, wants):
     return torch.randn_like(out), x, w1, w2, pre, activation, True, True, wants
 
 
+def _qk_norm_rope(norm=None, rotate=True, bias=True, tables=1, dtype=torch.float32):
+    query, key = _t(2, 5, 4, 16, dtype=dtype).transpose(1, 2), _t(2, 2, 5, 16, dtype=dtype)
+    cos, sin = (_t(tables, 4, 16) if rotate else None for _ in range(2))
+    weight, bias = _t(16) if norm else None, _t(16) if norm == "layer" and bias else None
+    return query, key, cos, sin, False, norm, weight, bias, weight, bias, 1e-6
+
+
+def _qk_norm_rope_backward(**options):
+    query, key, *rest = _qk_norm_rope(**options)
+    return torch.randn_like(query), torch.randn_like(key), query, key, *rest
+
+
+def _glu(activation="silu", dtype=torch.float32):
+    return *_t(2, 5, 16, dtype=dtype).chunk(2, dim=-1), activation
+
+
 SAMPLES = {
     "attention_forward": {
         "plain": _attention_forward,
@@ -106,6 +122,19 @@ SAMPLES = {
         "weights only": lambda: _mlp_backward("relu", [False, True, True, True, True]),
         "input only": lambda: _mlp_backward("gelu", [True, False, False, False, False]),
     },
+    "qk_norm_rope_forward": {
+        "rotated": lambda: (*_qk_norm_rope(), False),
+        "rotated back": lambda: (*_qk_norm_rope(tables=2), True),
+        "bfloat16, layer norm": lambda: (*_qk_norm_rope("layer", dtype=torch.bfloat16), False),
+        "rms norm alone": lambda: (*_qk_norm_rope("rms", rotate=False), False),
+    },
+    "qk_norm_rope_backward": {
+        "layer norm": lambda: _qk_norm_rope_backward(norm="layer"),
+        "layer norm without a bias": lambda: _qk_norm_rope_backward(norm="layer", bias=False),
+        "rms norm alone": lambda: _qk_norm_rope_backward(norm="rms", rotate=False),
+    },
+    "glu_forward": {"silu": _glu, "bfloat16, gelu": lambda: _glu("gelu", torch.bfloat16)},
+    "glu_backward": {"silu": lambda: (_t(2, 5, 8), *_glu())},
 }
 
 
@@ -140,6 +169,9 @@ def test_results_of_the_librarys_products_may_be_written_over(bias):
 # --- through the public wrappers ------------------------------------------------------------------------------------------
 
 
+OPERATORS = ["attention", "layer_norm", "add_layer_norm", "linear", "mlp", "glu", "qk_norm_rope"]
+
+
 class Block(torch.nn.Module):
     """Every operator once, as a transformer block strings them together."""
 
@@ -149,16 +181,25 @@ class Block(torch.nn.Module):
         self.norm1, self.norm2 = torch.nn.LayerNorm(dim), torch.nn.LayerNorm(dim)
         self.qkv, self.proj = torch.nn.Linear(dim, 3 * dim), torch.nn.Linear(dim, dim)
         self.fc1, self.fc2 = torch.nn.Linear(dim, 2 * dim), torch.nn.Linear(2 * dim, dim)
+        self.gated = torch.nn.Linear(dim, 2 * dim)
+        self.q_norm, self.k_norm = torch.nn.LayerNorm(dim // heads), torch.nn.LayerNorm(dim // heads)
         self.scale = torch.nn.Parameter(torch.full((dim,), 0.5))
+        angle = torch.linspace(0, 3, 4)[:, None] * torch.linspace(1, 0.1, dim // heads)
+        self.register_buffer("cos", angle.cos())
+        self.register_buffer("sin", angle.sin())
 
     def forward(self, x, mask=None):
         batch, tokens, dim = x.shape
         y = functional.layer_norm(x, self.norm1.weight, self.norm1.bias)
         qkv = functional.linear(y, self.qkv.weight, self.qkv.bias)
         q, k, v = qkv.view(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        affine = dict(query_weight=self.q_norm.weight, query_bias=self.q_norm.bias)
+        affine |= dict(key_weight=self.k_norm.weight, key_bias=self.k_norm.bias)
+        q, k = functional.qk_norm_rope(q, k, self.cos, self.sin, norm="layer", **affine)
         y = functional.attention(q, k, v, mask).transpose(1, 2).flatten(2)
         y = functional.linear(y, self.proj.weight, self.proj.bias)
         y, x = functional.add_layer_norm(x, y, self.norm2.weight, self.norm2.bias, layer_scale=self.scale)
+        x = x + functional.glu(*functional.linear(y, self.gated.weight, self.gated.bias).chunk(2, dim=-1))
         return x + functional.mlp(y, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, activation="gelu_tanh")
 
 
@@ -215,8 +256,8 @@ def test_export_keeps_the_operators_by_name(triton_backend, device, block):
     with torch.no_grad():
         program = torch.export.export(block, (x,), strict=False)
         called = {str(node.target) for node in program.graph.nodes if str(node.target).startswith("fastvit.")}
-        expected = {"attention_forward", "layer_norm_forward", "add_layer_norm_forward", "linear_forward", "mlp_forward"}
-        assert called == {f"fastvit.{name}.default" for name in expected}
+        expected = {"attention", "layer_norm", "add_layer_norm", "linear", "mlp", "qk_norm_rope", "glu"}
+        assert called == {f"fastvit.{name}_forward.default" for name in expected}
         torch.testing.assert_close(program.module()(x), block(x))
 
 
@@ -256,6 +297,8 @@ def test_autocast(backend, device, dtype, block):
         assert mlp.dtype == dtype
         assert functional.layer_norm(x.to(dtype), block.norm1.weight).dtype == torch.float32
         assert functional.add_layer_norm(x.to(dtype), x.to(dtype))[1].dtype == torch.float32
+        assert functional.glu(x.to(dtype), x.to(dtype)).dtype == dtype
+        assert functional.qk_norm_rope(q.to(dtype), q.to(dtype), norm="layer")[0].dtype == dtype
         step = _step(block, x)
     exact = _step(block, x)
     for ours, full in zip(step, exact, strict=True):
@@ -299,17 +342,19 @@ def _attempt(function):
 
 def _vmap_cases(device):
     x, w = torch.randn(3, 2, 6, 16, device=device), torch.randn(16, 16, device=device)
-    q = torch.randn(3, 2, 2, 6, 8, device=device)
+    q, table = torch.randn(3, 2, 2, 6, 8, device=device), torch.randn(5, 8, device=device)
     return {
         "attention": (lambda q: functional.attention(q, q, q), q),
         "layer_norm": (lambda x: functional.layer_norm(x, w[0]), x),
         "add_layer_norm": (lambda x: functional.add_layer_norm(x, x)[0], x),
         "linear": (lambda x: functional.linear(x, w, activation="gelu"), x),
         "mlp": (lambda x: functional.mlp(x, w, None, w, None), x),
+        "glu": (lambda x: functional.glu(x, x), x),
+        "qk_norm_rope": (lambda q: functional.qk_norm_rope(q, q, table, -table, norm="layer")[1], q),
     }
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "linear", "mlp"])
+@pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("grad", [False, True], ids=["", "of a gradient"])
 def test_vmap_works_or_refuses_in_one_sentence(backend, device, op, grad):
     function, x = _vmap_cases(device)[op]
@@ -325,7 +370,7 @@ def test_vmap_works_or_refuses_in_one_sentence(backend, device, op, grad):
     assert "\n" not in refusal
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "linear", "mlp"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_a_second_derivative_works_or_refuses(backend, device, op):
     """The kernels have no double backward: they must say so, never return a wrong or missing one in silence."""
     function, stacked = _vmap_cases(device)[op]
@@ -356,7 +401,7 @@ def _jvp_of_a_gradient(function, x, tangent):
     return torch.func.jvp(torch.func.grad(lambda x: function(x).pow(3).sum()), (x,), (tangent,))[1]
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "linear", "mlp"])
+@pytest.mark.parametrize("op", OPERATORS)
 @pytest.mark.parametrize("derive", [_jvp, _dual_number, _jvp_of_a_gradient], ids=["jvp", "dual number", "jvp of a gradient"])
 def test_forward_mode_works_or_refuses_in_one_sentence(backend, device, derive, op):
     """A raw operator without a forward derivative would give a tangent of zero, or none, and nobody would know."""
@@ -399,6 +444,8 @@ def test_results_are_fresh(backend, device):
         (functional.layer_norm(x), x),
         (functional.add_layer_norm(x, torch.zeros_like(x))[1], x),
         (functional.linear(x, torch.eye(16, device=device)), x),
+        (functional.glu(x, torch.ones_like(x), activation="relu"), x),
+        (functional.qk_norm_rope(q, q, torch.ones(1, 16, device=device), torch.zeros(1, 16, device=device))[0], q),
     ):
         assert out.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
 
@@ -413,10 +460,12 @@ def _calls(device):
         "add_layer_norm": lambda: functional.add_layer_norm(x, x)[0],
         "linear": lambda: functional.linear(x, w),
         "mlp": lambda: functional.mlp(x, w, None, w, None),
+        "glu": lambda: functional.glu(x, x),
+        "qk_norm_rope": lambda: functional.qk_norm_rope(q, q, norm="rms")[0],
     }
 
 
-@pytest.mark.parametrize("op", ["attention", "layer_norm", "add_layer_norm", "linear", "mlp"])
+@pytest.mark.parametrize("op", OPERATORS)
 def test_results_may_be_written_over(backend, device, op):
     """As with PyTorch's own operators; a result of a Function that is a view of something else would refuse."""
     out = _calls(device)[op]()

@@ -62,6 +62,23 @@ def _linear(activation: str | None) -> Callable[[Any, list[Tensor]], Any]:
     return lambda operators, tensors: operators.linear(*tensors, activation=activation)
 
 
+def _rotary(norm: str | None, interleaved: bool) -> Callable[[Any, list[Tensor]], Any]:
+    """Query, key and, with a norm, their weights; the first token is not rotated."""
+
+    def call(operators: Any, tensors: list[Tensor]) -> Any:
+        query, key, *weights = tensors
+        tokens, dim = query.shape[2] - 1, query.shape[3]
+        angle = torch.arange(tokens, device=query.device)[:, None] * torch.logspace(0, -3, dim, device=query.device)
+        named = dict(zip(("query_weight", "key_weight"), weights, strict=False))
+        return operators.qk_norm_rope(query, key, angle.cos(), angle.sin(), interleaved=interleaved, norm=norm, **named)
+
+    return call
+
+
+def _glu(activation: str) -> Callable[[Any, list[Tensor]], Any]:
+    return lambda operators, tensors: operators.glu(*tensors[0].chunk(2, dim=-1), activation=activation)
+
+
 def _cases(tiny: bool) -> list[Case]:
     n, m, d, c, f = (17, 19, 16, 48, 64) if tiny else (197, 65, 64, 192, 768)
     heads = 2 if tiny else 3
@@ -83,6 +100,11 @@ def _cases(tiny: bool) -> list[Case]:
     for activation in (None, "gelu", "gelu_tanh", "quick_gelu", "relu"):
         cases.append(Case("linear", activation or "no activation", ((2, n, c), (f, c), (f,)), _linear(activation)))
     cases.append(Case("mlp", "gelu", ((2, n, c), (f, c), (f,), (c, f), (c,)), lambda op, t: op.mlp(*t)))
+    cases.append(Case("qk_norm_rope", "halves", (q, (2, 1, n, d)), _rotary(None, False)))
+    cases.append(Case("qk_norm_rope", "interleaved, layer norm", (q, q, (d,), (d,)), _rotary("layer", True)))
+    cases.append(Case("qk_norm_rope", "halves, rms norm", (q, q, (d,), (d,)), _rotary("rms", False)))
+    for activation in ("silu", "gelu"):
+        cases.append(Case("glu", activation, ((2, n, 2 * c),), _glu(activation)))
     return cases
 
 

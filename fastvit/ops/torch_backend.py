@@ -268,3 +268,105 @@ def mlp(
     activation: str | None,
 ) -> Tensor:
     return linear(linear(input, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
+
+
+def _may_write(*tensors: Tensor | None) -> bool:
+    """Whether an operator on these may compute in place in tensors of its own: run as it is, no gradient wanted."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed() or _forward_ad_active():
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def _members(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The first and the second members of the last dimension's pairs, as views."""
+    if interleaved:
+        return x[..., ::2], x[..., 1::2]
+    first, second = x.chunk(2, dim=-1)
+    return first, second
+
+
+def _head_norm(x: Tensor, norm: str | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm over the last dimension in ``dtype``; x itself, cast, without one."""
+    x = x.to(dtype)
+    if norm == "layer":
+        return _token_norm(x, weight if weight is None else weight.to(dtype), bias if bias is None else bias.to(dtype), eps)
+    if norm == "rms":
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return x if weight is None else x * weight.to(dtype)
+    return x
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """(..., T, heads, D) rotated, contiguous; tables (1 or B, T, 1, D)."""
+    (a, b), (cos_a, cos_b), (sin_a, sin_b) = (_members(t, interleaved) for t in (x, cos, sin))
+    pair = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> None:
+    torch.mul(x, cos, out=out)
+    (a, b), (out_a, out_b), (sin_a, sin_b) = (_members(t, interleaved) for t in (x, out, sin))
+    out_a.addcmul_(b, sin_a, value=-1)
+    out_b.addcmul_(a, sin_b)
+
+
+def _norm_rope(
+    x: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    norm: str | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    dtype = x.dtype
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    x = x.transpose(1, 2)  # (B, N, H, D): the order in memory that attention reads best
+    y = _head_norm(x, norm, weight, bias, eps, wide)
+    if cos is None or sin is None:
+        return y.to(dtype).transpose(1, 2)
+    cos, sin = cos.to(wide).unsqueeze(2), sin.to(wide).unsqueeze(2)
+    prefix = x.shape[1] - cos.shape[1]
+    if _may_write(x, weight, bias):
+        out = y.new_empty(y.shape)
+        out[:, :prefix] = y[:, :prefix]
+        _rotate_into(out[:, prefix:], y[:, prefix:], cos, sin, interleaved)
+    else:
+        out = _rotate(y[:, prefix:], cos, sin, interleaved)
+        out = torch.cat([y[:, :prefix], out], dim=1) if prefix else out
+    return out.to(dtype).transpose(1, 2)
+
+
+def qk_norm_rope(
+    query: Tensor,
+    key: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool,
+    norm: str | None,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """``cos``, ``sin``: (1 or B, T, D) or None."""
+    return (
+        _norm_rope(query, cos, sin, interleaved, norm, query_weight, query_bias, eps),
+        _norm_rope(key, cos, sin, interleaved, norm, key_weight, key_bias, eps),
+    )
+
+
+def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        out = F.silu(gate)
+    elif activation == "sigmoid":
+        out = torch.sigmoid(gate)
+    elif activation == "quick_gelu":
+        out = gate * torch.sigmoid(1.702 * gate)
+    elif activation == "relu":
+        out = torch.relu(gate)
+    else:
+        out = F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return out.mul_(value) if _may_write(gate, value) else out * value
