@@ -1,13 +1,10 @@
-"""Pictures: from any file to RGB, and from RGB to what a model takes. Every file read here is untrusted input."""
+"""From any picture file to RGB. Everything read here is untrusted input."""
 
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 
 class PictureError(ValueError):
@@ -66,48 +63,3 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "I" and low >= 0 and 255 < high <= 65535:  # how some formats deliver 16-bit greys
         low, high = 0.0, 65535.0
     return Image.fromarray(np.round((values - low) / max(high - low, 1e-12) * 255).clip(0, 255).astype(np.uint8))
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a model wants its pictures: resized, the centre cut out, scaled and normalized.
-
-    ``size``: (height, width) in pixels of what the model sees. ``resize``: the length that the shorter side is brought to
-    before, or the exact (height, width). ``mean``, ``std``: per channel, of values multiplied by ``scale``.
-    ``interpolation``: a name of ``PIL.Image.Resampling`` in lower case. ``source``: where these numbers come from.
-    Raises ``ValueError`` when what is cut out is larger than what it is cut from.
-    """
-
-    size: tuple[int, int]
-    resize: int | tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    scale: float = 1 / 255
-    source: str = ""
-
-    def __post_init__(self) -> None:
-        sides = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
-        if min(self.size) < 1 or sides[0] < self.size[0] or sides[1] < self.size[1]:
-            raise ValueError(f"pictures are resized to {self.resize}, and {self.size} cannot be cut out of that")
-
-    def view(self, picture: Image.Image) -> Image.Image:
-        """The part of an RGB picture that the model sees, at the size at which it sees it."""
-        if isinstance(self.resize, tuple):
-            height, width = self.resize
-        else:
-            shorter = min(picture.size)
-            width, height = (int(self.resize * side / shorter) for side in picture.size)
-        resized = picture.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        left, top = (width - self.size[1]) // 2, (height - self.size[0]) // 2
-        return resized.crop((left, top, left + self.size[1], top + self.size[0]))
-
-    def pixels(self, view: Image.Image) -> Tensor:
-        """A view as the model's input: float32 (1, 3, height, width)."""
-        values = torch.from_numpy(np.array(view, dtype=np.float32)).permute(2, 0, 1).unsqueeze(0)
-        mean, std = (torch.tensor(numbers).view(1, -1, 1, 1) for numbers in (self.mean, self.std))
-        return ((values * self.scale - mean) / std).contiguous()
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        """An RGB picture of any size → float32 (1, 3, height, width)."""
-        return self.pixels(self.view(picture))
