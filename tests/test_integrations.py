@@ -103,8 +103,6 @@ def _sharded(layer):
     ("change", "reason"),
     [
         (_unknown_child, "unknown child 'adapter' (Linear)"),
-        (_lora, "attention.attention.value is a LoraLinear, not a plain Linear"),
-        (_parametrized, "attention.output.dense is a ParametrizedLinear, not a plain Linear"),
         (_tanh, "intermediate.intermediate_act_fn is a Tanh, an activation without a fused form"),
         (_rms, "layernorm_before is a RMSNorm, not a LayerNorm"),
         (_no_heads, "attention.attention does not say its number of heads"),
@@ -127,6 +125,24 @@ def test_what_cannot_be_served_is_left_alone_with_its_reason(change, reason):
             assert model(x).shape == x.shape
 
 
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (_lora, "attention.attention.value is called as it is (a LoraLinear, not a plain Linear)"),
+        (_parametrized, "attention.output.dense is called as it is (a ParametrizedLinear, not a plain Linear)"),
+    ],
+)
+def test_a_linear_of_another_kind_is_called_as_it_is_and_named(change, note):
+    model, x = old_vit(), tokens()
+    change(model.layer[1])
+    with torch.no_grad():
+        expected = model(x)
+        fastvit.accelerate(model)
+        assert fastvit.report(model).replaced["layer.1"] == f"fused attention + add+LayerNorm + GELU MLP; {note}"
+        assert relative(model(x), expected) <= 1e-5
+    assert not fastvit.report(model).fallbacks
+
+
 def test_the_same_children_in_another_computation_are_refused():
     model = fastvit.accelerate(perturb(Encoder(OldDinov2Layer(), PostNormLayer())))
     assert list(fastvit.report(model).replaced) == ["layer.0"]
@@ -145,7 +161,7 @@ def test_timm_blocks_of_other_kinds_are_refused():
 def test_the_probe_tells_erf_from_tanh(monkeypatch):
     from fastvit.integrations import parts
 
-    monkeypatch.setattr(parts, "_activation", lambda module: "gelu_tanh")
+    monkeypatch.setattr(parts, "activation_of", lambda *where: "gelu_tanh")
     model = fastvit.accelerate(old_vit())
     assert not fastvit.report(model).replaced
 
@@ -171,7 +187,7 @@ def test_apples_fastvit_has_nothing_to_replace():
 
 def test_a_plain_module_is_no_block():
     assert find_layout(nn.Linear(3, 3)) is None
-    assert find_layout(nn.TransformerEncoderLayer(16, 2)) is None
+    assert find_layout(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2), 1)) is None
 
 
 @pytest.mark.parametrize(
@@ -201,11 +217,13 @@ def test_activations_of_timm(name):
     assert fastvit.verify(model, image()).relative_error <= 1e-5
 
 
-def test_an_activation_without_a_fused_form_is_reported():
+def test_an_activation_without_a_fused_form_leaves_the_mlp_as_it_is():
     model = fastvit.accelerate(hf_vit(hidden_act="silu"))
-    assert set(fastvit.report(model).skipped.values()) == {
-        "mlp.activation_fn is a SiLUActivation, an activation without a fused form"
+    reason = "mlp.activation_fn is a SiLUActivation, an activation without a fused form"
+    assert set(fastvit.report(model).replaced.values()) == {
+        f"fused attention + add+LayerNorm, own MLP; mlp is called as it is ({reason})"
     }
+    assert fastvit.verify(model, image()).relative_error <= 1e-5
 
 
 def test_norms_keep_their_own_eps():
@@ -549,8 +567,7 @@ def _buffer(model):
 
 def _timm_scale(model):
     for number, layer in enumerate(model.blocks):
-        layer.attn.fused_attn = number == 0
-        layer.attn.scale = 0.25 if number == 0 else 0.5
+        layer.attn.scale = 0.25 if number == 0 else 0.5  # which timm's fused attention does not look at
 
 
 @pytest.mark.parametrize("differ", [_attribute, _buffer, _timm_scale])

@@ -1,22 +1,25 @@
-"""A pre-norm transformer block computed with the fused operators: z' = MHA(LN(z)) + z, z'' = MLP(LN(z')) + z'.
+"""A transformer block computed with the fused operators: z' = MHA(LN(z)) + z, z'' = MLP(LN(z')) + z', or post-norm.
 
 Residual, LayerScale and the following LayerNorm are one operator, bias and activation another; query, key and value are
 read where the projection wrote them. In inference on the torch backend, sums are written over branches that came out of our
 own linears; what a module of the user's returned may be held by others. The block's own modules keep the weights; those
-without a fused form (stochastic depth, active dropout, norms of queries and keys, a gated MLP) are called as they are.
+without a fused form (stochastic depth, active dropout, adapters, an MLP of another kind) are called as they are.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backend, functional
+from .. import backend, functional, reference
 from ..ops import torch_backend
-from . import handoff, layouts
+from . import handoff, layouts, multihead
+from .call import Call
 from .parts import Layout, child, part
 
 
@@ -40,8 +43,18 @@ def _torch_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation=
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
+def _torch_qk_norm_rope(query, key, cos=None, sin=None, **keywords):
+    return reference.qk_norm_rope(query, key, cos, sin, **keywords)
+
+
+def _torch_glu(gate, value, *, activation="silu"):
+    return reference.glu(gate, value, activation=activation)
+
+
 TORCH = SimpleNamespace(
     attention=_torch_attention,
+    qk_norm_rope=_torch_qk_norm_rope,
+    glu=_torch_glu,
     layer_norm=_torch_layer_norm,
     add_layer_norm=_torch_add_layer_norm,
     linear=_torch_linear,
@@ -60,95 +73,216 @@ def choose_backend(pinned: str, x: Tensor) -> str:
     return backend.resolve(x, setting=None if pinned == "auto" else pinned)
 
 
-def compute(
-    block: nn.Module,
-    layout: Layout,
-    x: Tensor,
-    pinned: str = "auto",
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    next_norm: nn.LayerNorm | None = None,
-) -> Tensor:
-    """The block's output for hidden states ``x`` (B, N, C).
+def compute(block: nn.Module, layout: Layout, call: Call, pinned: str = "auto", next_norm: nn.LayerNorm | None = None) -> Tensor:
+    """The block's output for a call.
 
     ``next_norm``: the first norm of the block that follows; in inference on Triton the last sum and that norm are one
     kernel, and the norm's result is left for that block (see ``handoff``).
     """
+    x = call.hidden
     chosen = choose_backend(pinned, x)
-    switch = chosen == "triton" and backend.resolve(x) != "triton"
-    use_backend = backend.use_backend if torch.compiler.is_compiling() else backend.use_backend_in_thread
-    with use_backend("triton") if switch else nullcontext():
+    sequence_first = layout.multihead and not child(block, layout.attention.owner).batch_first and call.present is None
+    with _held_to(chosen, x):
         ops = TRITON if chosen == "triton" else TORCH
-        before, after = child(block, layout.norms.before), child(block, layout.norms.after)
-        normed = handoff.collect(x, before)
-        if normed is None:
-            normed = ops.layer_norm(x, before.weight, before.bias, before.eps)
-        branch = _attention(block, layout.attention, ops, normed, attn_mask, is_causal)
-        branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
-        if owned and chosen == "torch" and _may_overwrite(branch, x, scale):
-            normed, x = torch_backend.add_layer_norm_(x, branch, after.weight, after.bias, after.eps, scale)
-        else:
-            normed, x = ops.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
-        branch = _mlp(block, layout, ops, normed)
-        del normed
-        branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
-        owned = owned and layout.mlp is not None  # what a module of the user's returned may be held by others
-        if next_norm is not None and handoff.possible(chosen, x, branch, next_norm):
-            return handoff.add_layer_norm(ops, x, branch, next_norm, scale)
-        return _add(x, branch, scale, owned)
+        if sequence_first:
+            x = x.transpose(0, 1)
+        out = (_post_norm if layout.post_norm else _pre_norm)(block, layout, ops, chosen, x, call, next_norm)
+    return out.transpose(0, 1) if sequence_first else out
 
 
-def _attention(
-    block: nn.Module, names: layouts.Attention, ops: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool
-) -> Tensor:
+def compute_multihead(module: Any, call: multihead.MultiheadCall, pinned: str = "auto") -> tuple[Tensor, None]:
+    """The output of a ``torch.nn.MultiheadAttention`` for a call."""
+    chosen = choose_backend(pinned, call.query)
+    with _held_to(chosen, call.query):
+        return multihead.compute(module, TRITON if chosen == "triton" else TORCH, call)
+
+
+def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
+    """Holds the operators to Triton where the block is pinned to it and the setting in force is another."""
+    if chosen != "triton" or backend.resolve(x) == "triton":
+        return nullcontext()
+    use_backend = backend.use_backend if torch.compiler.is_compiling() else backend.use_backend_in_thread
+    return use_backend("triton")
+
+
+def _pre_norm(block: nn.Module, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, next_norm: Any) -> Tensor:
+    before, after = child(block, layout.norms.before), child(block, layout.norms.after)
+    normed = handoff.collect(x, before)
+    if normed is None:
+        normed = ops.layer_norm(x, before.weight, before.bias, before.eps)
+    branch = _attention(block, layout, ops, normed, call)
+    del normed
+    branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
+    owned = owned and layout.attention.out not in layout.called
+    normed, x = _add_norm(ops, chosen, x, branch, scale, owned, after)
+    branch = _mlp(block, layout, ops, normed)
+    del normed
+    branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+    owned = owned and layout.mlp is not None and layout.mlp.fc2 not in layout.called
+    if next_norm is not None and handoff.possible(chosen, x, branch, next_norm):
+        return handoff.add_layer_norm(ops, x, branch, next_norm, scale)
+    return _add(x, branch, scale, owned)
+
+
+def _post_norm(block: nn.Module, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, _next_norm: Any) -> Tensor:
+    """z' = LN(MHA(z) + z), z'' = LN(MLP(z') + z') (Vaswani et al. 2017, section 3.1)."""
+    branch = _attention(block, layout, ops, x, call)
+    branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
+    owned = owned and layout.attention.out not in layout.called
+    x, _ = _add_norm(ops, chosen, x, branch, scale, owned, child(block, layout.norms.before))
+    branch = _mlp(block, layout, ops, x)
+    branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+    owned = owned and layout.mlp is not None and layout.mlp.fc2 not in layout.called
+    return _add_norm(ops, chosen, x, branch, scale, owned, child(block, layout.norms.after))[0]
+
+
+def _add_norm(
+    ops: Any, chosen: str, x: Tensor, branch: Tensor, scale: Tensor | None, owned: bool, norm: Any
+) -> tuple[Tensor, Tensor]:
+    """(norm(total), total) of total = x + scale·branch; ``owned``: nobody else holds the branch."""
+    if owned and chosen == "torch" and _may_overwrite(branch, x, scale):
+        return torch_backend.add_layer_norm_(x, branch, norm.weight, norm.bias, norm.eps, scale)
+    return ops.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, layer_scale=scale)
+
+
+def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tensor, Tensor, float]:
+    """(query (B, H, N, D), key (B, Hk, N, D), scale) that the block's attention takes the softmax of, on PyTorch's operators.
+
+    For looking at attention weights, which the fused kernels never hold.
+    """
+    sequence_first = layout.multihead and not child(block, layout.attention.owner).batch_first and call.present is None
+    x = call.hidden.transpose(0, 1) if sequence_first else call.hidden
+    norm = child(block, layout.norms.before)
+    if not layout.post_norm:
+        x = TORCH.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    query, key, _ = _project(block, layout, TORCH, x, call)
+    return query, key, _scale(child(block, layout.attention.owner), query.shape[-1])
+
+
+def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> Tensor:
+    names = layout.attention
     batch, tokens, _ = x.shape
     owner = child(block, names.owner)
-    heads = next(getattr(owner, name) for name in layouts.HEAD_COUNTS if hasattr(owner, name))
-    projected = [_linear(ops, child(block, path), x) for path in names.qkv]
-    if len(projected) == 1:
-        query, key, value = projected[0].view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        query, key, value = (t.view(batch, tokens, heads, -1).transpose(1, 2) for t in projected)
-    del projected
-    query_norm, key_norm = part(block, names.query_norm), part(block, names.key_norm)
-    if query_norm is not None:
-        query = query_norm(query).to(value.dtype)
-    if key_norm is not None:
-        key = key_norm(key).to(value.dtype)
-    out = ops.attention(query, key, value, attn_mask, is_causal=is_causal, scale=_scale(owner, query.shape[-1]))
+    query, key, value = _project(block, layout, ops, x, call)
+    scale = _scale(owner, query.shape[-1])
+    out = ops.attention(query, key, value, call.attn_mask, is_causal=call.is_causal, scale=scale)
     out = out.transpose(1, 2).reshape(batch, tokens, -1)
     del query, key, value
-    out_norm, gate = part(block, names.out_norm), child(block, names.gate)
+    out_norm = part(block, names.out_norm)
     if out_norm is not None:
         out = out_norm(out)
-    if gate is not None:
-        out = out * _linear(ops, gate, x).sigmoid()
-    return _linear(ops, child(block, names.out), out)
+    if child(block, names.gate) is not None:
+        out = out * _linear(block, layout, ops, names.gate, x).sigmoid()
+    return _linear(block, layout, ops, names.out, out)
+
+
+def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:
+    """Query, key and value, (B, heads, N, D), normalized and rotated where the block does so."""
+    names = layout.attention
+    owner = child(block, names.owner)
+    if layout.multihead:
+        return multihead.project(owner, ops, x, x, x)
+    heads = next(getattr(owner, name) for name in layouts.HEAD_COUNTS if hasattr(owner, name))
+    if len(names.qkv) == 1:
+        packed = _linear(block, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))
+        query, key, value = packed.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        key_heads = getattr(owner, layouts.KEY_HEAD_COUNT, heads)
+        projected = [_linear(block, layout, ops, path, x) for path in names.qkv]
+        counts = (heads, key_heads, key_heads)
+        query, key, value = (t.unflatten(2, (n, -1)).transpose(1, 2) for t, n in zip(projected, counts, strict=True))
+    norms = part(block, names.query_norm), part(block, names.key_norm)
+    if layout.head_norm is None:
+        query, key = (t if n is None else n(t).to(value.dtype) for n, t in zip(norms, (query, key), strict=True))
+    if layout.head_norm is not None or call.cos is not None:
+        query, key = _prepare(ops, query, key, call, layout.head_norm, norms, _interleaved(owner, layout))
+    return [query, key, value]
+
+
+def _prepare(ops: Any, query: Tensor, key: Tensor, call: Call, head_norm: str | None, norms: Any, interleaved: bool) -> Any:
+    keywords: dict[str, Any] = {}
+    if head_norm is not None:
+        for name, norm in zip(("query", "key"), norms, strict=True):
+            keywords[f"{name}_weight"] = norm.weight
+            keywords[f"{name}_bias"] = getattr(norm, "bias", None)
+        keywords |= {"norm": head_norm, "eps": norms[0].eps}
+    cos, sin = call.cos, call.sin
+    if cos is not None and (cos.requires_grad or (cos.dim() == 4 and cos.shape[1] != 1)):  # learned, or each head its own
+        rotated = reference.qk_norm_rope(query, key, cos, sin, interleaved=interleaved, **keywords)
+        return tuple(t.to(query.dtype) for t in rotated)
+    return ops.qk_norm_rope(query, key, cos, sin, interleaved=interleaved, **keywords)
+
+
+def _interleaved(owner: Any, layout: Layout) -> bool:
+    """Whether rotary positions pair neighbouring channels; transformers' pair channel d with d + D/2."""
+    return layouts.SIN_COS in layout.arguments and not getattr(owner, layouts.ROTATES_HALVES, False)
+
+
+def _separate_bias(owner: Any) -> Tensor | None:
+    """The packed projection's bias where the owner keeps it in three (timm's EVA, whose keys have zeros)."""
+    biases: list[Any] = [getattr(owner, name, None) for name in layouts.SEPARATE_BIASES]
+    return None if any(bias is None for bias in biases) else torch.cat(biases)
 
 
 def _scale(owner: Any, head_dim: int) -> float:
-    scaling = getattr(owner, "scaling", None)
-    return head_dim**-0.5 if scaling is None else scaling
+    for name in layouts.SCALINGS:
+        scaling = getattr(owner, name, None)
+        if isinstance(scaling, float):
+            return scaling
+    return head_dim**-0.5
 
 
 def _mlp(block: nn.Module, layout: Layout, ops: Any, x: Tensor) -> Tensor:
     if layout.mlp is None:
         return block.get_submodule(layouts.OPAQUE_MLP)(x)
-    fc1, fc2 = child(block, layout.mlp.fc1), child(block, layout.mlp.fc2)
-    hidden_norm = part(block, layout.mlp.hidden_norm)
-    drops = list(_active(child(block, layout.mlp.hidden_drop)))
-    if hidden_norm is None and not drops:
+    names = layout.mlp
+    hidden_norm = part(block, names.hidden_norm)
+    drops = list(_active(child(block, names.hidden_drop)))
+    own = names.fc1 in layout.called or names.fc2 in layout.called
+    if hidden_norm is None and not drops and layout.gating is None and not own:
+        fc1, fc2 = child(block, names.fc1), child(block, names.fc2)
         return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=layout.activation)
-    hidden = _linear(ops, fc1, x, layout.activation)
+    if layout.gating is None:
+        hidden = _linear(block, layout, ops, names.fc1, x, layout.activation)
+    else:
+        hidden = _linear(block, layout, ops, names.fc1, x)
+        if layout.gating == "beside":
+            gate, value = _linear(block, layout, ops, names.gate, x), hidden
+        else:
+            first, last = hidden.chunk(2, dim=-1)
+            gate, value = (first, last) if layout.gating == "first" else (last, first)
+        hidden = ops.glu(gate, value, activation=layout.activation)
+        del gate, value
     for module in drops:
         hidden = module(hidden)
     if hidden_norm is not None:
         hidden = hidden_norm(hidden)
-    return _linear(ops, fc2, hidden)
+    return _linear(block, layout, ops, names.fc2, hidden)
 
 
-def _linear(ops: Any, module: Any, x: Tensor, activation: str | None = None) -> Tensor:
-    return ops.linear(x, module.weight, module.bias, activation=activation)
+def _linear(
+    block: nn.Module,
+    layout: Layout,
+    ops: Any,
+    path: str | None,
+    x: Tensor,
+    activation: str | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """A plain linear with its epilogue; any other module (an adapter, a quantized linear) called as it is."""
+    module = child(block, path)
+    if path not in layout.called:
+        return ops.linear(x, module.weight, module.bias if bias is None else bias, activation=activation)
+    out = module(x) if bias is None else module(x) + bias
+    return out if activation is None else _ACTIVATIONS[activation](out)
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+}
 
 
 def _active(*dropouts: Any) -> Iterator[nn.Module]:
@@ -163,8 +297,7 @@ def _branch(
     owned = True
     for module in _active(*(child(block, path) for path in drops), child(block, residual.drop)):
         branch, owned = module(branch), False
-    layer_scale = part(block, residual.scale)
-    scale = None if layer_scale is None else _scale_of(layer_scale)
+    scale = _scale_of(block, residual.scale)
     drop_path = part(block, residual.drop_path)
     if drop_path is not None and drop_path.training:
         branch, owned = drop_path(branch if scale is None else branch * scale), False
@@ -172,8 +305,11 @@ def _branch(
     return branch, scale, owned
 
 
-def _scale_of(layer_scale: Any) -> Any:
-    """Its one parameter; in replicas of ``DataParallel`` a plain attribute."""
+def _scale_of(block: nn.Module, path: str | None) -> Any:
+    """A LayerScale's one parameter, or the block's own of that name; in replicas of ``DataParallel`` a plain attribute."""
+    layer_scale = part(block, path)
+    if layer_scale is None:
+        return None if path is None or "." in path or child(block, path) is not None else getattr(block, path, None)
     for name in layouts.SCALE_PARAMETERS:
         if name in layer_scale._parameters or name in layer_scale.__dict__:
             return getattr(layer_scale, name)

@@ -10,33 +10,70 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import nn
 
 from .._checks import MAX_HEAD_DIM
-from . import layouts
+from . import layouts, multihead
+from .multihead import PLAIN_TENSORS
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 CAPTURE_MODULE = "transformers.utils.output_capturing"
-PLAIN_TENSORS = (Tensor, nn.Parameter)
+ACTIVATION_NAMES = {
+    "gelu": "GELU",
+    "gelu_tanh": "tanh GELU",
+    "quick_gelu": "quick GELU",
+    "relu": "ReLU",
+    "silu": "SiLU",
+    "sigmoid": "sigmoid",
+}
+GATED_NAMES = {"silu": "SwiGLU", "gelu": "GEGLU", "relu": "ReGLU"}
+Named = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block's parts are. ``kinds``: path → class of every descendant that the fused path stands in for."""
+    """Where a block's parts are, and how they are put together.
+
+    ``post_norm``: normalizes after the sums. ``gating``: None, or where a gated MLP's gate is: "beside" fc1 in a linear of its
+    own, or the "first" or "last" half of fc1. ``head_norm``: "layer" or "rms" where queries and keys have a norm that the
+    fused operator computes. ``head_dim``: where it is known. ``kinds``: path → class of every descendant that the fused path
+    stands in for. ``own``: path → why that descendant is called as the module it is.
+    """
 
     norms: layouts.Norms
     attention: layouts.Attention
     mlp: layouts.Mlp | None
     residuals: tuple[layouts.Residual, layouts.Residual]
-    activation: str | None
     arguments: tuple[str, ...]
     kinds: tuple[tuple[str, type], ...]
+    activation: str | None = None
+    gating: str | None = None
+    post_norm: bool = False
+    multihead: bool = False
+    head_norm: str | None = None
+    head_dim: int | None = None
+    own: Named = ()
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        return tuple(path for path, _ in self.own)
+
+    @property
+    def rotary(self) -> bool:
+        return layouts.COS_SIN in self.arguments or layouts.SIN_COS in self.arguments
 
     def describe(self) -> str:
+        extras = [name for name, has in (("q/k norm", self.head_norm), ("rotary", self.rotary)) if has]
+        attention = " + ".join(["fused attention", *extras, "LayerNorm" if self.post_norm else "add+LayerNorm"])
         if self.mlp is None:
-            return "fused attention + add+LayerNorm, own MLP"
-        names = {"gelu": "GELU", "gelu_tanh": "tanh GELU", "quick_gelu": "quick GELU", "relu": "ReLU"}
-        return f"fused attention + add+LayerNorm + {names[self.activation or '']} MLP"
+            return f"{attention}, own MLP{self._own_parts()}"
+        activation = ACTIVATION_NAMES[self.activation or ""]
+        name = GATED_NAMES.get(self.activation or "", f"{activation}-gated") if self.gating else activation
+        return f"{attention} + {name} MLP{self._own_parts()}"
+
+    def _own_parts(self) -> str:
+        return "".join(f"; {path} {reason}" for path, reason in self.own)
 
 
 def child(module: nn.Module, path: str | None) -> Any:
@@ -58,113 +95,194 @@ def part(module: nn.Module, path: str | None) -> Any:
 # --- at match time ------------------------------------------------------------------------------------------------------
 
 
-def find_layout(block: nn.Module) -> Layout | str | None:
-    """The block's layout, a reason why a block-like module has none, or None for a module that is no such block."""
+def find_layout(block: nn.Module) -> "Layout | multihead.MultiheadLayout | str | None":
+    """The layout of a block or of a ``torch.nn.MultiheadAttention``; a reason why a module like these has none; or None for
+    a module that is neither."""
+    if isinstance(block, nn.MultiheadAttention):
+        return multihead.find_layout(block)
     norms = next((n for n in layouts.NORMS if child(block, n.before) is not None and child(block, n.after) is not None), None)
-    if norms is None or (child(block, "attention") is None and child(block, "attn") is None):
+    if norms is None or all(child(block, name) is None for name in layouts.ATTENTION_NAMES):
         return None
-    attention = next((a for a in layouts.ATTENTIONS if all(child(block, path) is not None for path in (*a.qkv, a.out))), None)
+    if _package(block) == "fastvit":
+        return "it is fastvit's own block, fused already"
+    attention = _first(layouts.ATTENTIONS, lambda a: all(child(block, path) is not None for path in (*a.qkv, a.out)))
     if attention is None:
         return "its attention has none of the known layouts"
-    mlp = next((m for m in layouts.MLPS if all(child(block, p) is not None for p in (m.fc1, m.activation, m.fc2))), None)
+    own: dict[str, str] = {}
+    reason = _why_not_norms(block, norms) or _why_not_attention(block, attention, own)
+    if reason:
+        return reason
+    mlp, activation, gating = _find_mlp(block, own)
     if mlp is None and child(block, layouts.OPAQUE_MLP) is None:
-        return "its MLP has none of the known layouts"
-    residuals = max(layouts.RESIDUALS, key=lambda pair: sum(child(block, path) is not None for path in (*pair[0], *pair[1])))
-    reason = (
-        _why_not_norms(block, norms)
-        or _why_not_attention(block, attention)
-        or (mlp and _why_not_mlp(block, mlp))
-        or next(filter(None, (_why_not_residual(block, residual) for residual in residuals)), None)
-    )
+        return activation or "its MLP has none of the known layouts"
+    entry = next(r for r in layouts.RESIDUALS if r.mark is None or hasattr(block, r.mark))
+    reason = _why_not_residual(block, entry.attention) or _why_not_residual(block, entry.mlp)
     if reason:
         return reason
     signature = inspect.signature(type(block).forward)
     arguments = tuple(p.name for p in list(signature.parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
     if not arguments:
         return "its forward takes no hidden states by name"
-    found = _kinds(block, norms, attention, mlp, residuals)
-    if isinstance(found, str):
-        return found
-    activation = _activation(child(block, mlp.activation)) if mlp else None
-    return Layout(norms, attention, mlp, residuals, activation, arguments, found)
+    head_norm = _head_norm(block, attention, own)
+    residuals = (entry.attention, entry.mlp)
+    called = {*own, attention.out_norm, mlp.hidden_norm if mlp else None} - {None}
+    kinds = _kinds(block, norms, attention, mlp, residuals, called)
+    if isinstance(kinds, str):
+        return kinds
+    return Layout(
+        norms,
+        attention,
+        mlp,
+        residuals,
+        arguments,
+        kinds,
+        activation=activation if mlp else None,
+        gating=gating,
+        post_norm=getattr(block, layouts.NORM_FIRST, True) is False,
+        multihead=not attention.qkv,
+        head_norm=head_norm,
+        head_dim=_head_dim(block, attention),
+        own=tuple(own.items()),
+    )
 
 
-def _kinds(block, norms, attention, mlp, residuals) -> tuple[tuple[str, type], ...] | str:
+def _first(entries: Any, fits: Any) -> Any:
+    return next((entry for entry in entries if fits(entry)), None)
+
+
+def _kinds(block, norms, attention, mlp, residuals, called: set[str]) -> tuple[tuple[str, type], ...] | str:
     """Every descendant's path and class; a reason where one has no part in the layout. Modules that are called as they
-    are (an MLP of another kind, norms inside the attention) are left out: their hooks and changes take effect."""
+    are (adapters, an MLP of another kind, norms inside the attention) are left out: their hooks and changes take effect."""
     parts = {*norms, *attention.qkv, attention.owner, attention.out, *attention.drop, attention.gate}
-    parts |= {f"{attention.owner}.{name}" for name in attention.weights_drop}
-    called = {attention.query_norm, attention.key_norm, attention.out_norm}
+    parts |= {attention.query_norm, attention.key_norm}
+    parts |= {f"{attention.owner}.{name}" for name in layouts.WEIGHTS_DROPS}
     for residual in residuals:
         parts |= set(residual)
-    if mlp is None:
-        called.add(layouts.OPAQUE_MLP)
-    else:
-        parts |= {mlp.fc1, mlp.activation, mlp.fc2, mlp.hidden_drop, *mlp.drop}
-        called.add(mlp.hidden_norm)
+    if mlp is not None:
+        parts |= {mlp.fc1, mlp.activation, mlp.fc2, mlp.hidden_drop, *mlp.drop, mlp.gate}
     parts |= {path.rpartition(".")[0] for path in parts if path}
     kinds = []
     for path, module in block.named_modules():
-        if not path or any(path == c or path.startswith(f"{c}.") for c in called if c):
+        if not path or any(path == c or path.startswith(f"{c}.") for c in called):
             continue
         # An activation may be built of others (it was recognised as a whole); anything else has a name of its own.
-        if path not in parts and not (mlp and path.startswith(f"{mlp.activation}.")):
+        if path not in parts and not (mlp and mlp.activation and path.startswith(f"{mlp.activation}.")):
             return f"unknown child {path!r} ({type(module).__name__})"
         kinds.append((path, type(module)))
     return tuple(kinds)
 
 
-def _name(module: nn.Module | None) -> str:
+def _name(module: Any) -> str:
     return type(module).__name__
 
 
-def _package(module: nn.Module) -> str:
+def _package(module: Any) -> str:
     return type(module).__module__.partition(".")[0]
+
+
+def _plain_norm(norm: Any, names: tuple[type, ...] = (nn.LayerNorm,), timm_name: str = "LayerNorm") -> bool:
+    timms = _name(norm) == timm_name and _package(norm) == "timm"
+    return (type(norm) in names or timms) and not getattr(norm, "_fast_norm", False) and len(norm.normalized_shape) == 1
 
 
 def _why_not_norms(block: nn.Module, norms: layouts.Norms) -> str | None:
     for path in norms:
         norm = child(block, path)
-        timm_norm = isinstance(norm, nn.LayerNorm) and _name(norm) == "LayerNorm" and _package(norm) == "timm"
-        if not (type(norm) is nn.LayerNorm or timm_norm):
-            return f"{path} is a {_name(norm)}, not a LayerNorm"
+        if _plain_norm(norm):
+            continue
         if getattr(norm, "_fast_norm", False):
             return f"{path} is set to timm's fast norm"
-        if len(norm.normalized_shape) != 1:
+        if isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) != 1:
             return f"{path} normalizes over {len(norm.normalized_shape)} dimensions"
+        return f"{path} is a {_name(norm)}, not a LayerNorm"
     return None
 
 
-def _why_not_attention(block: nn.Module, attention: layouts.Attention) -> str | None:
-    for path in (*attention.qkv, attention.out):
-        reason = _why_not_linear(path, child(block, path))
-        if reason:
-            return reason
+def _why_not_attention(block: nn.Module, attention: layouts.Attention, own: dict[str, str]) -> str | None:
+    owner = child(block, attention.owner)
+    if not attention.qkv:
+        return multihead.why_not(owner, f"{attention.owner} ")
     gate = child(block, attention.gate)
     if gate is not None and type(gate) is not nn.Linear:
         return f"{attention.gate} is a {_name(gate)}, not a plain Linear"
-    owner = child(block, attention.owner)
+    for path in (*attention.qkv, attention.out):
+        _call_if_odd(path, child(block, path), own)
     heads = _head_count(owner)
     if heads is None:
         return f"{attention.owner} does not say its number of heads"
-    out_features = {child(block, path).out_features for path in attention.qkv}
-    parts = 3 if len(attention.qkv) == 1 else 1
-    if len(out_features) != 1 or next(iter(out_features)) % (heads * parts):
+    key_heads = getattr(owner, layouts.KEY_HEAD_COUNT, heads)
+    counts = (heads, key_heads, key_heads) if len(attention.qkv) == 3 else (3 * heads,)
+    features = [getattr(child(block, path), "out_features", None) for path in attention.qkv]
+    known = [(total, count) for total, count in zip(features, counts, strict=True) if total is not None]
+    if any(total % count for total, count in known) or len({total // count for total, count in known}) > 1:
         return f"query, key and value do not have {heads} heads of one size each"
-    head_dim = out_features.pop() // (heads * parts)
-    if head_dim > MAX_HEAD_DIM:
-        return f"head_dim is {head_dim}; the attention kernels serve up to {MAX_HEAD_DIM}"
-    return next(filter(None, (_why_not_dropout(block, path) for path in attention.drop)), None)
+    if known and known[0][0] // known[0][1] > MAX_HEAD_DIM:
+        return f"head_dim is {known[0][0] // known[0][1]}; the attention kernels serve up to {MAX_HEAD_DIM}"
+    return _first((_why_not_dropout(block, path) for path in attention.drop), bool)
 
 
-def _why_not_mlp(block: nn.Module, mlp: layouts.Mlp) -> str | None:
-    for path in (mlp.fc1, mlp.fc2):
-        reason = _why_not_linear(path, child(block, path))
-        if reason:
-            return reason
-    if _activation(child(block, mlp.activation)) is None:
-        return f"{mlp.activation} is a {_name(child(block, mlp.activation))}, an activation without a fused form"
-    return next(filter(None, (_why_not_dropout(block, path) for path in (mlp.hidden_drop, *mlp.drop))), None)
+def _head_dim(block: nn.Module, attention: layouts.Attention) -> int | None:
+    owner = child(block, attention.owner)
+    if not attention.qkv:
+        return owner.embed_dim // owner.num_heads
+    total = getattr(child(block, attention.qkv[0]), "out_features", None)
+    heads = _head_count(owner) or 1
+    return None if total is None else total // (heads if len(attention.qkv) == 3 else 3 * heads)
+
+
+def _head_norm(block: nn.Module, attention: layouts.Attention, own: dict[str, str]) -> str | None:
+    """The kind of norm that queries and keys have, where the fused operator computes it; others are noted in ``own``."""
+    norms = [(path, part(block, path)) for path in (attention.query_norm, attention.key_norm)]
+    present = [(path, norm) for path, norm in norms if norm is not None]
+    for kind, names, timm_name in (("layer", (nn.LayerNorm,), "LayerNorm"), ("rms", (nn.RMSNorm,), "RmsNorm")):
+        fused = len(present) == 2 and all(_plain_norm(norm, names, timm_name) and norm.eps is not None for _, norm in present)
+        if fused and present[0][1].eps == present[1][1].eps:
+            return kind
+    own.update({path: f"is called as the {_name(norm)} it is" for path, norm in present if path})
+    return None
+
+
+def _find_mlp(block: nn.Module, own: dict[str, str]) -> tuple[layouts.Mlp | None, str | None, str | None]:
+    """(where the MLP's parts are, its activation, its gating); or None, and why, where it has no fused form."""
+    mlp = _first(layouts.MLPS, lambda m: all(child(block, path) is not None for path in (m.fc1, m.fc2)) and _has(block, m))
+    if mlp is None:
+        own[layouts.OPAQUE_MLP] = "has none of the known layouts"
+        return None, None, None
+    fc1, fc2 = child(block, mlp.fc1), child(block, mlp.fc2)
+    gating = "beside" if child(block, mlp.gate) is not None else None
+    if gating is None and getattr(fc1, "out_features", 0) == 2 * getattr(fc2, "in_features", 0):
+        owner = child(block, mlp.fc1.rpartition(".")[0])
+        gating = "last" if getattr(owner, layouts.GATE_LAST, False) else "first"
+    activation = activation_of(block, mlp, bool(gating))
+    reason = _first((_why_not_dropout(block, path) for path in (mlp.hidden_drop, *mlp.drop)), bool)
+    if activation is None:
+        found = child(block, mlp.activation)
+        reason = f"{mlp.activation} is a {_name(found)}, an activation without a fused form"
+    if reason is not None:
+        own[layouts.OPAQUE_MLP] = f"is called as it is ({reason})"
+        return None, reason, None
+    for path in (mlp.fc1, mlp.fc2, mlp.gate):
+        _call_if_odd(path, child(block, path), own)
+    return mlp, activation, gating
+
+
+def _has(block: nn.Module, mlp: layouts.Mlp) -> bool:
+    """Whether the activation is where this entry has it: a child, or a function kept as an attribute."""
+    return mlp.activation is None or child(block, mlp.activation) is not None or callable(getattr(block, mlp.activation, None))
+
+
+def activation_of(block: nn.Module, mlp: layouts.Mlp, gated: bool) -> str | None:
+    """The activation's name, None where it has no fused form."""
+    if mlp.activation is None:
+        return "silu" if gated else None
+    module = child(block, mlp.activation)
+    if module is None:
+        return {F.relu: "relu", F.gelu: "gelu"}.get(getattr(block, mlp.activation, None))
+    if _package(module) not in layouts.ACTIVATION_PACKAGES:
+        return None
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return (layouts.GATE_ACTIVATIONS if gated else layouts.ACTIVATIONS).get(_name(module))
 
 
 def _why_not_residual(block: nn.Module, residual: layouts.Residual) -> str | None:
@@ -184,27 +302,17 @@ def _why_not_dropout(block: nn.Module, path: str | None) -> str | None:
     return None if module is None or type(module) is nn.Dropout else f"{path} is a {_name(module)}, not a Dropout"
 
 
-def _why_not_linear(path: str, module: nn.Module | None) -> str | None:
+def _call_if_odd(path: str | None, module: Any, own: dict[str, str]) -> None:
+    """Notes a linear that is none of PyTorch's plain ones (an adapter, a quantized one): it is called as it is."""
+    if path is None or module is None:
+        return
     if type(module) is not nn.Linear:
-        return f"{path} is a {_name(module)}, not a plain Linear"
-    if type(module.weight) not in PLAIN_TENSORS:
-        return f"{path}.weight is a {type(module.weight).__name__}, not a plain Parameter"
-    return None
+        own[path] = f"is called as it is (a {_name(module)}, not a plain Linear)"
+    elif type(module.weight) not in PLAIN_TENSORS:
+        own[path] = f"is called as it is (its weight is a {_name(module.weight)}, not a plain Parameter)"
 
 
-def _activation(module: nn.Module | None) -> str | None:
-    if module is None or _package(module) not in layouts.ACTIVATION_PACKAGES:
-        return None
-    if type(module) is nn.GELU:
-        return _gelu(module)
-    return layouts.ACTIVATIONS.get(_name(module))
-
-
-def _gelu(module: Any) -> str:
-    return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-
-
-def _head_count(owner: nn.Module | None) -> int | None:
+def _head_count(owner: Any) -> int | None:
     counts = (getattr(owner, name, None) for name in layouts.HEAD_COUNTS)
     return next((count for count in counts if isinstance(count, int)), None)
 
@@ -214,25 +322,11 @@ def _head_count(owner: nn.Module | None) -> int | None:
 
 def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
     """Why a block that has a layout must run its own forward this time, or None; ``masked``: the call has a mask."""
-    for name in GLOBAL_HOOKS:
-        if getattr(torch.nn.modules.module, name):
-            return "a hook is registered for all modules"
-    for path, kind in layout.kinds:
-        module = child(block, path)
-        found: Any = type(module)
-        if found is not kind:
-            return f"{path} is now a {found.__name__} (it was a {kind.__name__})"
-        if "forward" in module.__dict__:
-            return f"{path} has a forward of its own (set on the instance, as accelerate's hooks do)"
-        if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"{path} has hooks"
-        if module._forward_hooks and not _only_idle_captures(module):
-            return f"{path} has forward hooks"
-        if kind is nn.GELU and _gelu(module) != layout.activation:  # of the other kinds, each class has one meaning
-            return f"{path} now computes something else than {layout.activation}"
-        weight = module._parameters.get("weight") if kind is nn.Linear else None
-        if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
-            return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
+    reason = hooked(block, layout.kinds)
+    if reason is not None:
+        return reason
+    if layout.mlp is not None and layout.activation != activation_of(block, layout.mlp, bool(layout.gating)):
+        return f"{layout.mlp.activation} now computes something else than {layout.activation}"
     owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
     flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
@@ -240,15 +334,36 @@ def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
         return f"the attention implementation {implementation!r} was asked for"
     if getattr(owner, "is_causal", False):
         return f"{layout.attention.owner} is set to causal attention"
-    if drops_attention_weights(block, layout):
+    if drops_attention_weights(owner):
         return "dropout of the attention weights is active"
     return None
 
 
-def drops_attention_weights(block: nn.Module, layout: Layout) -> bool:
-    """Whether the block now drops attention weights, which the fused attention does not."""
-    owner = child(block, layout.attention.owner)
-    for name in layout.attention.weights_drop:
+def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None:
+    """Why descendants that were of these kinds cannot be stood in for now, or None."""
+    for name in GLOBAL_HOOKS:
+        if getattr(torch.nn.modules.module, name):
+            return "a hook is registered for all modules"
+    for path, kind in kinds:
+        found: Any = child(module, path)
+        now: Any = type(found)
+        if now is not kind:
+            return f"{path} is now a {now.__name__} (it was a {kind.__name__})"
+        if "forward" in found.__dict__:
+            return f"{path} has a forward of its own (set on the instance, as accelerate's hooks do)"
+        if found._forward_pre_hooks or found._backward_hooks or found._backward_pre_hooks:
+            return f"{path} has hooks"
+        if found._forward_hooks and not _only_idle_captures(found):
+            return f"{path} has forward hooks"
+        weight = found._parameters.get("weight") if kind is nn.Linear else None
+        if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
+            return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
+    return None
+
+
+def drops_attention_weights(owner: Any) -> bool:
+    """Whether the attention now drops weights, which the fused one does not."""
+    for name in layouts.WEIGHTS_DROPS:
         dropout = getattr(owner, name, 0.0)
         rate, training = (dropout.p, dropout.training) if isinstance(dropout, nn.Module) else (dropout, owner.training)
         if rate and training:

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .block import compute
+from . import layouts
+from .block import compute, compute_multihead
+from .call import read_call
+from .multihead import MultiheadCall, MultiheadLayout
 from .parts import Layout, child, drops_attention_weights
 
-TOKENS = 3
+TOKENS = 3  # that have a position; class and register tokens come on top
 TOLERANCE = 2e-5  # of the largest value; erf and tanh GELU differ by more, float32 rounding by less
 
 
@@ -29,7 +32,7 @@ PLAIN_VALUES = (int, float, complex, str, bytes, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def signature(block: nn.Module, layout: Layout) -> tuple:
+def signature(block: nn.Module, layout: Layout | MultiheadLayout) -> tuple:
     """Blocks of one signature need one proof: same kinds, same plain attributes and same buffers, of all descendants."""
     return type(block), layout, tuple((path, type(m), m.extra_repr(), *_contents(m)) for path, m in block.named_modules())
 
@@ -57,46 +60,91 @@ def _values(buffer: Tensor | None) -> Any:
     return buffer.dtype, buffer.shape, tuple(buffer.detach().flatten().tolist())
 
 
-def why_different(block: nn.Module, layout: Layout) -> str | None:
-    """None when the fused computation equals the block's own forward, otherwise what went differently."""
+def why_different(module: nn.Module, layout: Layout | MultiheadLayout) -> str | None:
+    """None when the fused computation equals the module's own forward, otherwise what went differently."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
         twins: dict[int, nn.Module] = {}
-        twin = _stand_in(block, generator, twins)
-        _use_sdpa(child(twin, layout.attention.owner))
+        twin = _stand_in(module, generator, twins)
+        if isinstance(layout, MultiheadLayout):
+            return _compare_multihead(twin, generator)
+        owner = child(twin, layout.attention.owner)
+        _use_sdpa(owner)
         channels = child(twin, layout.norms.before).normalized_shape[0]
-        x = torch.randn(2, TOKENS, channels, generator=generator)
-        reason = _compare(twin, layout, x)
-        if reason is not None:
-            return reason
-        for module in twins.values():
-            module.__dict__["training"] = True
-        if drops_attention_weights(twin, layout):  # in training it runs its own forward
-            return None
-        reason = _compare(twin, layout, x)
-        return None if reason is None else f"in training {reason}"
+        prefix = getattr(owner, layouts.PREFIX_TOKENS, 1) if layout.rotary else 0
+        x = torch.randn(2, TOKENS + prefix, channels, generator=generator)
+        calls = _calls(layout, owner, generator)
+        for training in (False, True):
+            for m in twins.values():
+                m.__dict__["training"] = training
+            if training and drops_attention_weights(owner):  # then it runs its own forward
+                break
+            for keywords in calls:
+                reason = _compare(twin, layout, x, keywords)
+                if reason is not None:
+                    return f"in training {reason}" if training else reason
+        return None
 
 
-def _compare(twin: nn.Module, layout: Layout, x: Tensor) -> str | None:
+def _calls(layout: Layout, owner: Any, generator: torch.Generator) -> list[dict[str, Any]]:
+    """What the block is called with beside its hidden states."""
+    masks: dict[str, Any] = dict.fromkeys(name for name in layouts.MASKS if name in layout.arguments)  # some demand one
+    if not layout.rotary:
+        return [masks]
+    if layout.head_dim is None:
+        return []
+    halves = layouts.COS_SIN in layout.arguments or getattr(owner, layouts.ROTATES_HALVES, False)
+    angle = 3 * torch.rand(TOKENS, layout.head_dim // 2, generator=generator)
+    angle = torch.cat([angle, angle], dim=-1) if halves else angle.repeat_interleave(2, dim=-1)
+    if layouts.COS_SIN in layout.arguments:
+        return [{**masks, layouts.COS_SIN: (angle.cos(), angle.sin())}]
+    return [masks, {**masks, layouts.SIN_COS: torch.cat([angle.sin(), angle.cos()], dim=-1)}]
+
+
+def _compare(twin: nn.Module, layout: Layout, x: Tensor, keywords: dict[str, Any]) -> str | None:
     try:
-        with _seeded():
-            expected = type(twin).forward(twin, x.clone())
+        with _seeded(), _no_fast_path():
+            expected = type(twin).forward(twin, x.clone(), **keywords)
     except Exception as failure:
         return f"its own forward does not take hidden states alone ({type(failure).__name__}: {failure})"
     if not isinstance(expected, Tensor) or expected.shape != x.shape:
         return "its forward does not return one tensor of the hidden states' shape"
     expected = expected.clone()
     try:
+        call = read_call(twin, layout, (x,), keywords)
+        if isinstance(call, str):
+            return f"its calls cannot be read: {call}"
         with _seeded():
-            actual = compute(twin, layout, x, "torch")
+            actual = compute(twin, layout, call, "torch")
     except Exception as failure:
         return f"its parts do not fit the fused computation ({type(failure).__name__}: {failure})"
     if actual.shape != expected.shape:
         return "its parts do not give the hidden states' shape"
     error = (actual - expected).abs().max() / expected.abs().max()
     if not error <= TOLERANCE:
-        return f"its forward computes something else than a pre-norm block of these parts (differs by {error:.1e} on a probe)"
+        kind = "post-norm" if layout.post_norm else "pre-norm"
+        return f"its forward computes something else than a {kind} block of these parts (differs by {error:.1e} on a probe)"
     return None
+
+
+def _compare_multihead(twin: Any, generator: torch.Generator) -> str | None:
+    query, key = (torch.randn(count, count, twin.embed_dim, generator=generator) for count in (TOKENS, TOKENS))
+    with _no_fast_path():
+        expected = type(twin).forward(twin, query, key, key, need_weights=False)[0]
+    actual = compute_multihead(twin, MultiheadCall(query, key, key, None, False), "torch")[0]
+    error = (actual - expected).abs().max() / expected.abs().max()
+    return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
+
+
+@contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Without the native forward of torch's attention modules, whose approximations and checks are its own."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -5,24 +5,30 @@ all there is to undo. Pickling and ``copy.deepcopy`` go by the original class an
 """
 
 import functools
+import types
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import layouts
-from .block import compute
-from .parts import Layout, why_not_now
+from . import multihead
+from .block import compute, compute_multihead
+from .call import nested_again, read_call
+from .multihead import MultiheadLayout
+from .parts import Layout, hooked, why_not_now
 
 ATTRIBUTE = "_fastvit_serving"
 
 
 @dataclass
 class Serving:
-    """What a served block carries. ``fallback``: why it last ran its own forward, None after a fused call."""
+    """What a served block, or ``torch.nn.MultiheadAttention``, carries.
 
-    layout: Layout
+    ``fallback``: why it last ran its own forward, None after a fused call.
+    """
+
+    layout: Layout | MultiheadLayout
     backend: str
     next_norm: nn.LayerNorm | None = None
     fallback: str | None = None
@@ -62,15 +68,18 @@ def _derive(cls: Any) -> type:
         serving = self.__dict__.get(ATTRIBUTE)
         if cls.forward is not own_forward:
             call: Any = "its class was given another forward"
+        elif serving is None:
+            call = "it carries no description of its parts"
         else:
-            call = _why_own_forward(self, serving, args, kwargs)
+            call = _read(self, serving.layout, args, kwargs)
         if isinstance(call, str):
             _note(serving, call)
             return cls.forward(self, *args, **kwargs)
         _note(serving, None)
-        assert serving is not None
-        x, attn_mask, is_causal = call
-        return compute(self, serving.layout, x, serving.backend, attn_mask, is_causal, serving.next_norm)
+        if isinstance(call, multihead.MultiheadCall):
+            return compute_multihead(self, call, serving.backend)
+        out = compute(self, serving.layout, call, serving.backend, serving.next_norm)
+        return out if call.present is None else nested_again(out, call.present)
 
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward}
     return type(cls)(cls.__name__, (ServedBlock, cls), {**members, "_fastvit_original": cls})
@@ -90,53 +99,54 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def serve(module: nn.Module, serving: Serving) -> None:
-    module.__class__ = served_class(type(module))
+    own = type(module)
+    module.__class__ = served_class(own)
     module.__dict__[ATTRIBUTE] = serving
+    _rebind(module, own.forward)
 
 
 def release(module: nn.Module) -> None:
-    module.__class__ = original_class(type(module))
+    served = type(module)
+    module.__class__ = original_class(served)
     module.__dict__.pop(ATTRIBUTE, None)
+    _rebind(module, served.forward)
+
+
+HELD = "_old_forward"  # where Hugging Face accelerate's hooks keep the forward that they run
+
+
+def serves_hooked(module: nn.Module) -> bool:
+    """Whether a forward that accelerate's hooks hold is the class's own, and can be exchanged while they hold it."""
+    held: Any = module.__dict__.get(HELD)
+    return _binds(held, module, type(module).forward) and isinstance(module.__dict__.get("forward"), functools.partial)
+
+
+def _binds(method: Any, module: nn.Module, function: Any) -> bool:
+    return isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is function
+
+
+def _rebind(module: nn.Module, former: Any) -> None:
+    """Lets accelerate's hooks, or what they left on the module when they were removed, run the present class's forward."""
+    for name in (HELD, "forward"):
+        if _binds(module.__dict__.get(name), module, former):
+            module.__dict__[name] = types.MethodType(type(module).forward, module)
 
 
 def link(module: nn.Module, following: nn.Module) -> None:
     """Lets a served block end with the first norm of the served block that follows it (see ``handoff``)."""
-    if is_served(module) and is_served(following):
-        norm: Any = following.get_submodule(following.__dict__[ATTRIBUTE].layout.norms.before)
-        module.__dict__[ATTRIBUTE].next_norm = norm
+    layouts = [m.__dict__[ATTRIBUTE].layout for m in (module, following) if is_served(m)]
+    if len(layouts) == 2 and all(isinstance(layout, Layout) and not layout.post_norm for layout in layouts):
+        module.__dict__[ATTRIBUTE].next_norm = following.get_submodule(layouts[1].norms.before)
+
+
+def _read(module: nn.Module, layout: Layout | MultiheadLayout, args: tuple, kwargs: dict) -> Any:
+    """What a served module was called with, or the reason why its fused path does not serve this call."""
+    if isinstance(layout, MultiheadLayout):
+        return hooked(module, layout.kinds) or multihead.read_call(module, args, kwargs)
+    call = read_call(module, layout, args, kwargs)
+    return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None) or call
 
 
 def _note(serving: Serving | None, reason: str | None) -> None:
     if serving is not None and not torch.compiler.is_compiling() and serving.fallback != reason:
         serving.fallback = reason
-
-
-def _why_own_forward(
-    block: nn.Module, serving: Serving | None, args: tuple, kwargs: dict
-) -> str | tuple[Tensor, Tensor | None, bool]:
-    """(hidden states, mask, is_causal) of a call that the fused path serves, or the reason why it does not."""
-    if serving is None:
-        return "it carries no description of its parts"
-    names = serving.layout.arguments
-    if len(args) > len(names):
-        return f"it was called with {len(args)} positional arguments"
-    values = dict(zip(names, args, strict=False))
-    values.update(kwargs)
-    x = values.pop(names[0], None)
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        return "the hidden states are not one tensor of shape (batch, tokens, channels)"
-    attn_mask, is_causal = None, False
-    for name, value in values.items():
-        if name in layouts.MASKS:
-            attn_mask = value
-        elif name == layouts.CAUSAL:
-            is_causal = bool(value)
-        elif value is not None and value is not False and name not in layouts.HARMLESS:
-            return f"it was called with {name}"
-    if attn_mask is not None:
-        if not isinstance(attn_mask, Tensor) or is_causal:
-            return "it was called with a mask of an unknown kind"
-        rank = attn_mask.dim()
-        if rank not in (2, 4) or (attn_mask.dtype != torch.bool and not attn_mask.is_floating_point()):
-            return f"it was called with a {attn_mask.dtype} mask of rank {rank}"
-    return why_not_now(block, serving.layout, attn_mask is not None) or (x, attn_mask, is_causal)

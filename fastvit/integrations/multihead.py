@@ -1,0 +1,151 @@
+"""``torch.nn.MultiheadAttention``: its packed projection, its masks (True forbids), and itself served as a module.
+
+The fused attention holds no weights, so a call that asks for them (the default, ``need_weights=True``) runs the module's
+own forward.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .._checks import MAX_HEAD_DIM
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+PLAIN_LINEARS = (nn.Linear, NonDynamicallyQuantizableLinear)
+ARGUMENTS = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+
+
+@dataclass(frozen=True)
+class MultiheadLayout:
+    """A ``torch.nn.MultiheadAttention`` that is served as a module of its own. ``kinds``: as in ``parts.Layout``."""
+
+    kinds: tuple[tuple[str, type], ...]
+    called: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        return "fused attention (where no weights are asked for)"
+
+
+@dataclass(frozen=True)
+class MultiheadCall:
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None
+    is_causal: bool
+
+
+def find_layout(module: nn.MultiheadAttention) -> MultiheadLayout | str:
+    reason = why_not(module)
+    return reason if reason else MultiheadLayout((("out_proj", type(module.out_proj)),))
+
+
+def why_not(module: Any, path: str = "") -> str | None:
+    """Why a module is no multi-head attention that can be served; ``path``: its name, with a blank, for the reason."""
+    if type(module) is not nn.MultiheadAttention:
+        return f"{path}is a {type(module).__name__}, not torch's MultiheadAttention"
+    if not module._qkv_same_embed_dim:
+        return f"{path}projects keys and values of other widths than the queries'"
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return f"{path}adds keys and values of its own (add_bias_kv or add_zero_attn)"
+    if type(module.out_proj) not in PLAIN_LINEARS:
+        return f"{path}out_proj is a {type(module.out_proj).__name__}, not a plain Linear"
+    for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight"):
+        tensor = module.out_proj.weight if "." in name else getattr(module, name)
+        if tensor is not None and type(tensor) not in PLAIN_TENSORS:
+            return f"{path}{name} is a {type(tensor).__name__}, not a plain Parameter"
+    if module.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {module.head_dim}; the attention kernels serve up to {MAX_HEAD_DIM}"
+    return None
+
+
+def read_call(module: Any, args: tuple, kwargs: dict) -> MultiheadCall | str:
+    """What the module was called with, its masks turned to True = attend; or why the fused path does not serve the call."""
+    if len(args) > len(ARGUMENTS):
+        return f"it was called with {len(args)} positional arguments"
+    values = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
+    query, key, value = (values.pop(name, None) for name in ARGUMENTS[:3])
+    if not all(isinstance(t, Tensor) and t.dim() == 3 and not t.is_nested for t in (query, key, value)):
+        return "query, key and value are not three tensors of shape (batch, tokens, channels)"
+    if values.pop("need_weights", True):
+        return "it was asked for the attention weights"
+    masks = values.pop("attn_mask", None), values.pop("key_padding_mask", None)
+    is_causal = bool(values.pop("is_causal", False))
+    values.pop("average_attn_weights", None)
+    if values:
+        return f"it was called with {next(iter(values))}"
+    if module.dropout and module.training:
+        return "dropout of the attention weights is active"
+    read = read_masks(*masks, is_causal, module.num_heads)
+    return read if isinstance(read, str) else MultiheadCall(query, key, value, *read)
+
+
+def read_masks(
+    forbidding: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
+) -> tuple[Tensor | None, bool] | str:
+    """(attn_mask, is_causal) of the fused attention from torch's masks: (N, M) or (B·heads, N, M), and of keys (B, M).
+
+    Boolean ones forbid where they are True; ``is_causal`` says that ``forbidding`` is the causal mask.
+    """
+    for name, mask, ranks in (("attn_mask", forbidding, (2, 3)), ("key_padding_mask", padding, (2,))):
+        if mask is None:
+            continue
+        if not isinstance(mask, Tensor) or mask.dim() not in ranks or mask.is_nested:
+            return f"it was called with a {name} of an unknown kind"
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            return f"it was called with a {mask.dtype} {name}"
+    if is_causal and forbidding is None:
+        return "it was called with is_causal and without the mask that is meant"
+    if is_causal and padding is None:
+        return None, True
+    if forbidding is not None and forbidding.dim() == 3:
+        forbidding = forbidding.unflatten(0, (-1, heads))
+    if padding is not None:
+        padding = padding[:, None, None, :]
+    if forbidding is None or padding is None:
+        mask = padding if forbidding is None else forbidding
+        return mask.logical_not() if mask is not None and mask.dtype == torch.bool else mask, False
+    if forbidding.dtype == padding.dtype == torch.bool:
+        return (forbidding | padding).logical_not(), False
+    return _additive(forbidding) + _additive(padding), False
+
+
+def _additive(mask: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask, float("-inf"))
+
+
+def project(module: Any, ops: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Query, key and value (B, N, C) as (B, heads, N, D): one product where they are one tensor."""
+    weight, bias, dim = module.in_proj_weight, module.in_proj_bias, module.embed_dim
+    if query is key and key is value:
+        packed = ops.linear(query, weight, bias)
+        return list(packed.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+    if key is value:
+        split = ops.linear(query, weight[:dim], None if bias is None else bias[:dim])
+        packed = ops.linear(key, weight[dim:], None if bias is None else bias[dim:])
+        pair = packed.unflatten(2, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return [split.unflatten(2, (module.num_heads, -1)).transpose(1, 2), *pair]
+    biases = (None, None, None) if bias is None else bias.chunk(3)
+    products = (ops.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
+    return [product.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for product in products]
+
+
+def compute(module: Any, ops: Any, call: MultiheadCall) -> tuple[Tensor, None]:
+    """(output of the queries' shape, None) as the module's own forward without weights."""
+    query, key, value = call.query, call.key, call.value
+    if not module.batch_first:
+        same_key, same_value = key is query, value is key
+        query = query.transpose(0, 1)
+        key = query if same_key else key.transpose(0, 1)
+        value = key if same_value else value.transpose(0, 1)
+    heads = project(module, ops, query, key, value)
+    out = ops.attention(*heads, call.attn_mask, is_causal=call.is_causal)
+    out = out.transpose(1, 2).flatten(2)
+    if not module.batch_first:  # own rows are (token, image) again before the projection, so that the result is contiguous
+        out = out.transpose(0, 1)
+    return ops.linear(out, module.out_proj.weight, module.out_proj.bias), None
