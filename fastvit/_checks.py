@@ -146,6 +146,46 @@ def check_attention(
             )
 
 
+def check_image_attention(
+    qkv: Tensor,
+    num_heads: Any,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    window_size: Any,
+    pad_qkv: Tensor | None,
+    scale: Any,
+) -> None:
+    for name, value, least in (("num_heads", num_heads, 1), ("window_size", window_size, 0)):
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r}; expected an integer")
+        if value < least:
+            raise ValueError(f"{name} is {value!r}; expected at least {least}")
+    if scale is not None:
+        check_number("scale", scale)
+    tensors = {"qkv": qkv, "rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "pad_qkv": pad_qkv}
+    check_tensors("qkv", (), **tensors)
+    check_same_dtype("qkv", **tensors)
+    check_rank("qkv", qkv, 4, "(batch, height, width, 3 · channels)")
+    _, height, width, channels = qkv.shape
+    if height < 1 or width < 1:
+        raise ValueError(f"qkv has shape {_shape(qkv)}; expected at least one row and one column of tokens")
+    if channels == 0 or channels % (3 * num_heads):
+        raise ValueError(f"qkv has shape {_shape(qkv)}; expected 3 · num_heads = {3 * num_heads} to divide its channels")
+    dim = channels // (3 * num_heads)
+    if dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"qkv has shape {_shape(qkv)}, a head_dim of {dim} with {num_heads} heads; expected one from 1 to {MAX_HEAD_DIM}"
+        )
+    check_shape("pad_qkv", pad_qkv, (channels,), "qkv has shape", qkv)
+    if (rel_pos_h is None) != (rel_pos_w is None):
+        missing = "rel_pos_h" if rel_pos_h is None else "rel_pos_w"
+        raise ValueError(f"{missing} is None; expected rel_pos_h and rel_pos_w together or neither")
+    for name, table in (("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)):
+        if table is not None:
+            check_rank(name, table, 2, "(2·size − 1, head_dim)")
+            check_shape(name, table, (max(1, table.shape[0]), dim), "the head_dim of qkv with shape", qkv)
+
+
 def check_layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Any, statistics: str, name: str = "input"
 ) -> None:

@@ -20,9 +20,9 @@ from .ops import glu as _glu_op
 from .ops import layer_norm as _layer_norm_op
 from .ops import linear as _linear_op
 from .ops import rotary as _rotary_op
-from .ops import torch_backend
+from .ops import torch_backend, torch_image_attention
 
-__all__ = ["add_layer_norm", "attention", "glu", "layer_norm", "linear", "mlp", "qk_norm_rope"]
+__all__ = ["add_layer_norm", "attention", "glu", "image_attention", "layer_norm", "linear", "mlp", "qk_norm_rope"]
 
 
 def _autocast(device_type: str, *tensors: Tensor | None, to_float32: bool = False) -> tuple:
@@ -68,6 +68,47 @@ def attention(
     if resolve(query, float32_products=rel_h is None) == "triton":
         return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
     return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+
+
+def image_attention(
+    qkv: Tensor,
+    *,
+    num_heads: int,
+    rel_pos_h: Tensor | None = None,
+    rel_pos_w: Tensor | None = None,
+    window_size: int = 0,
+    pad_qkv: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Segment Anything's encoder attention, global or in windows, on the image as it lies (Kirillov et al. 2023, appendix A).
+
+    No window is cut out, no token is padded and no bias is N×M: padded keys and values are read from the one vector that
+    they all equal, padded queries are never computed, and relative positions are added where the scores are.
+
+    Args:
+        qkv: (B, Hi, Wi, 3·C), channels laid out [3, heads, D], D from 1 to 256.
+        num_heads: the heads that divide C.
+        rel_pos_h: (L, D), row y − k + S − 1 of which belongs to a query at row y and a key at row k of a window (or image)
+            of S rows; interpolated linearly to L = 2·S − 1 where it has another length. ``rel_pos_w`` likewise for columns;
+            both or neither. The bias comes from the unscaled query (Li et al. 2021, MViTv2, eq. 4).
+        window_size: 0 attends to the whole image; w > 0 within w×w windows side by side, padded at the bottom and the right.
+        pad_qkv: (3·C,), what the projection makes of a padded token, that is its bias: padded keys and values, which are
+            attended to. None stands for zeros.
+        scale: factor on the scores; D ** -0.5 when None.
+
+    Returns:
+        (B, Hi, Wi, C). Differentiable in qkv, both tables and pad_qkv.
+    """
+    if isinstance(qkv, Tensor):
+        qkv, rel_pos_h, rel_pos_w, pad_qkv = _autocast(qkv.device.type, qkv, rel_pos_h, rel_pos_w, pad_qkv)
+    _checks.check_image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window_size, pad_qkv, scale)
+    height, width, channels = qkv.shape[1:]
+    window = (window_size, window_size) if window_size else (height, width)
+    scale = float((channels // (3 * num_heads)) ** -0.5 if scale is None else scale)
+    if rel_pos_h is not None and rel_pos_w is not None:
+        rel_pos_h = torch_image_attention.resized_table(rel_pos_h, window[0])
+        rel_pos_w = torch_image_attention.resized_table(rel_pos_w, window[1])
+    return torch_image_attention.image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window, pad_qkv, scale)
 
 
 def layer_norm(

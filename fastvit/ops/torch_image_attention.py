@@ -1,0 +1,176 @@
+"""image_attention on PyTorch's own operators: window by window, a block of query rows at a time, differentiable by autograd.
+
+The image is split, never partitioned into a tensor of windows: each block gathers its own queries, keys and values, pads the
+keys and values alone, and adds its relative positions to a bias of at most BIAS_ROWS query rows. Blocks of this size stay in
+the cache, and in inference they share one buffer: fresh memory of this size costs as much in page faults as the sum itself.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .torch_backend import BIAS_ROWS
+
+
+def resized_table(table: Tensor, size: int) -> Tensor:
+    """A table of relative positions (L, D) as (2·size − 1, D): itself, or interpolated linearly as SAM does.
+
+    Written out because F.interpolate adds up its gradient on GPUs in no fixed order.
+    """
+    length, wanted = table.shape[0], 2 * size - 1
+    if length == wanted:
+        return table
+    wide = table.to(torch.promote_types(table.dtype, torch.float32))
+    place = (torch.arange(wanted, device=table.device, dtype=wide.dtype) + 0.5) * (length / wanted) - 0.5
+    place = place.clamp(0, length - 1)
+    below = place.long()
+    return torch.lerp(wide[below], wide[(below + 1).clamp(max=length - 1)], (place - below)[:, None]).to(table.dtype)
+
+
+def image_attention(
+    qkv: Tensor,
+    num_heads: int,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    window: tuple[int, int],
+    pad_qkv: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """qkv (B, Hi, Wi, 3·C) → (B, Hi, Wi, C); ``window`` (h, w) tokens, tables (2h − 1, D) and (2w − 1, D)."""
+    batch, height, width, channels = qkv.shape
+    inputs = (qkv, rel_pos_h, rel_pos_w, pad_qkv)
+    if batch == 0:
+        nothing = 0 * torch.stack([t.sum() for t in inputs if t is not None]).sum()  # every gradient is zeros, none is None
+        return qkv.new_zeros(0, height, width, channels // 3) + nothing
+    # In float32, so that a block's gradients are rounded once and then added up exactly enough.
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    table_h, table_w = (None if t is None else t.to(wide).flip(0) for t in (rel_pos_h, rel_pos_w))
+    pad = None if pad_qkv is None else pad_qkv.to(wide).view(3, 1, num_heads, 1, 1, -1)[1:]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    buffer = None if needs_grad else _Buffer()
+    strips = qkv.unflatten(3, (3, num_heads, -1)).split(list(_extents(height, window[0])), dim=1)
+    images = []
+    for image in zip(*(strip.unbind(0) for strip in strips), strict=True):
+        rows = []
+        for strip in image:
+            # Windows of few tokens go together, as many as fill a block; a narrower one at the edge goes alone.
+            together = max(1, BIAS_ROWS // (strip.shape[0] * window[1])) * window[1]
+            whole = width // window[1] * window[1]
+            parts = strip.split([*_extents(whole, together), *_extents(width - whole, window[1])], dim=1)
+            rows.append(_cat([_windows(part, table_h, table_w, window, pad, scale, buffer) for part in parts], 1))
+        images.append(_cat(rows, 0))
+    return torch.stack(images)
+
+
+def _extents(total: int, size: int) -> Iterator[int]:
+    for start in range(0, total, size):
+        yield min(size, total - start)
+
+
+def _cat(tensors: list[Tensor], dim: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+class _Buffer:
+    """One piece of memory for the bias of block after block."""
+
+    memory: Tensor | None = None
+
+    def take(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        count = 1
+        for size in shape:
+            count *= size
+        if self.memory is None or self.memory.numel() < count:
+            self.memory = like.new_empty(count)
+        return self.memory[:count].view(shape)
+
+
+def _windows(
+    part: Tensor,  # (rows, n · columns, 3, H, D): what the image has of n windows side by side
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    window: tuple[int, int],
+    pad: Tensor | None,  # (2, 1, H, 1, 1, D)
+    scale: float,
+    buffer: _Buffer | None,
+) -> Tensor:
+    """(rows, n · columns, C)."""
+    rows, columns = part.shape[0], min(part.shape[1], window[1])
+    query, key_value = part.unflatten(1, (-1, columns)).permute(3, 1, 4, 0, 2, 5).split([1, 2])
+    query = query[0]  # (n, H, rows, columns, D)
+    blocks = []
+    first = 0
+    # Blocks are whole rows of the window, so that their tables are slices.
+    for block in query.split(max(1, BIAS_ROWS // (query.shape[0] * columns)), dim=2):
+        arguments = (block, key_value, table_h, table_w, first, window, pad, scale)
+        if buffer is None:
+            blocks.append(checkpoint(_attend, *arguments, None, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(_attend(*arguments, buffer))
+        first += block.shape[2]
+    return _cat(blocks, 2).permute(2, 0, 3, 1, 4).reshape(rows, part.shape[1], -1)
+
+
+def _attend(
+    query: Tensor,  # (n, H, block rows, columns, D), from row ``first`` of their windows on
+    key_value: Tensor,  # (2, n, H, rows, columns, D)
+    table_h: Tensor | None,
+    table_w: Tensor | None,
+    first: int,
+    window: tuple[int, int],
+    pad: Tensor | None,
+    scale: float,
+    buffer: _Buffer | None,
+) -> Tensor:
+    rows, columns = query.shape[2], query.shape[3]
+    key, value = _padded(key_value, window, pad).flatten(3, 4)
+    bias = None
+    if table_h is not None and table_w is not None:
+        dtype = query.dtype
+        height = relative_rows(query, table_h[window[0] - first - rows : 2 * window[0] - 1 - first].to(dtype), window[0])
+        width = relative_columns(query, table_w[window[1] - columns :].to(dtype), window[1])
+        shape = (*query.shape[:4], *window)
+        out = None if buffer is None else buffer.take(query, shape)
+        bias = torch.add(height.unsqueeze(-1), width.unsqueeze(-2), out=out).flatten(2, 3).flatten(3, 4)
+    flat = query.flatten(2, 3)
+    return F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale).unflatten(2, (rows, columns))
+
+
+def _padded(key_value: Tensor, window: tuple[int, int], pad: Tensor | None) -> Tensor:
+    """(2, n, H, rows, columns, D) with the rows and columns that its window has beyond the image."""
+    rows, columns = key_value.shape[3:5]
+    if (rows, columns) == window and (pad is None or not pad.requires_grad):
+        return key_value  # where pad wants a gradient, joining nothing of it makes that gradient zeros instead of None
+    if pad is None:
+        return F.pad(key_value, (0, 0, 0, window[1] - columns, 0, window[0] - rows))
+    front, back = key_value.shape[:3], key_value.shape[5:]
+    right = pad.expand(*front, rows, window[1] - columns, *back).to(key_value.dtype)
+    bottom = pad.expand(*front, window[0] - rows, window[1], *back).to(key_value.dtype)
+    return torch.cat([torch.cat([key_value, right], dim=4), bottom], dim=3)
+
+
+def relative_columns(query: Tensor, table: Tensor, size: int) -> Tensor:
+    """[x, k] = q_x · table[columns − 1 − x + k] of queries (…, columns, D), ``size`` keys and a table of columns + size − 1 rows.
+
+    One product with the whole table; what query x needs of it starts one place earlier than what query x − 1 needs, which
+    is a view of the product with a shorter stride.
+    """
+    columns, length = query.shape[-2], table.shape[0]
+    products = query @ table.t()
+    if columns == 1:
+        return products
+    return products.flatten(-2)[..., columns - 1 :].unfold(-1, size, length - 1)[..., :columns, :]
+
+
+def relative_rows(query: Tensor, table: Tensor, size: int) -> Tensor:
+    """[y, x, k] = q_yx · table[rows − 1 − y + k] of queries (…, rows, columns, D), as above."""
+    rows, columns, length = *query.shape[-3:-1], table.shape[0]
+    products = query @ table.t()
+    if rows == 1:
+        return products
+    row = (columns - 1) * length + size
+    flat = products.flatten(-3)[..., rows - 1 :].unfold(-1, row, columns * length - 1)[..., :rows, :]
+    return flat.unfold(-1, size, length)

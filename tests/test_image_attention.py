@@ -1,0 +1,204 @@
+"""image_attention against float64, on both backends: every way in which a window can meet the edge of the image."""
+
+import pytest
+import torch
+
+import fastvit
+from fastvit import functional, reference
+from tests.errors import DTYPES, assert_as_exact_as_eager, run
+from tests.layouts import LAYOUTS, lay_out
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def _arguments(device, dtype=torch.float32, grid=(5, 6), window=0, heads=1, dim=16, batch=1, rel=True, pad=True, lengths=None):
+    height, width = (window, window) if window else grid
+    tokens = {"qkv": torch.randn(batch, *grid, 3 * heads * dim)}
+    if rel:
+        rows, columns = lengths or (2 * height - 1, 2 * width - 1)
+        tokens |= {"rel_pos_h": torch.randn(rows, dim), "rel_pos_w": torch.randn(columns, dim)}
+        # As large as the scores, so that neither hides an error of the other.
+        tokens = {name: value * (dim**-0.25 if name.startswith("rel") else 1) for name, value in tokens.items()}
+    if pad:
+        tokens["pad_qkv"] = torch.randn(3 * heads * dim)
+    tokens = {name: value.to(dtype).to(device) for name, value in tokens.items()}
+    return tokens | {"num_heads": heads, "window_size": window}
+
+
+def _check(arguments, **options):
+    ops = functional.image_attention, reference.image_attention, reference.image_attention
+    return assert_as_exact_as_eager(*ops, arguments | options)
+
+
+# --- windows and grids ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 4, 14])
+@pytest.mark.parametrize("grid", [(9, 11), (7, 5), (8, 4)], ids=str)
+def test_grids_and_windows(backend, device, grid, window):
+    """Windows that fit, that stick out at the bottom, at the right or both, and one larger than the image."""
+    _check(_arguments(device, grid=grid, window=window))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window", [0, 4])
+def test_dtypes(backend, device, dtype, window):
+    _check(_arguments(device, dtype, grid=(5, 7), window=window, heads=2, batch=2))
+
+
+@pytest.mark.parametrize("dim", [1, 16, 32, 48, 64, 80, 256])
+@pytest.mark.parametrize("window", [0, 4])
+def test_head_dims(backend, device, dim, window):
+    _check(_arguments(device, torch.bfloat16, grid=(5, 3), window=window, dim=dim))
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1)], ids=str)
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_a_single_row_or_column(backend, device, grid, window):
+    _check(_arguments(device, grid=grid, window=window))
+
+
+@pytest.mark.parametrize("grid", [(2, 33), (33, 2), (3, 65), (17, 19)], ids=str)
+def test_rows_wider_than_a_tile(backend, device, grid):
+    _check(_arguments(device, torch.bfloat16, grid=grid))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [64, 80])
+def test_sams_windows(backend, device, dim):
+    """14 × 14, the image ending 8 tokens into the second."""
+    _check(_arguments(device, torch.bfloat16, grid=(14, 22), window=14, dim=dim))
+
+
+@pytest.mark.slow
+def test_a_window_of_several_blocks_of_queries(backend, device):
+    _check(_arguments(device, torch.bfloat16, grid=(20, 21), window=18))
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("rel", [False, True], ids=["no tables", "tables"])
+@pytest.mark.parametrize("pad", [False, True], ids=["zeros", "pad"])
+def test_what_may_be_left_out(backend, device, window, rel, pad):
+    _check(_arguments(device, grid=(5, 6), window=window, rel=rel, pad=pad))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+@pytest.mark.parametrize("window", [0, 4])
+def test_batches(backend, device, batch, window):
+    arguments = _arguments(device, batch=batch, grid=(3, 5), window=window, heads=3)
+    if batch:
+        _check(arguments)
+        return
+    results = run(functional.image_attention, arguments)
+    assert results["output"].shape == (0, 3, 5, 48)
+    assert results["gradient of qkv"].shape == (0, 3, 5, 144)
+    assert all(not results[f"gradient of {name}"].any() for name in ("rel_pos_h", "rel_pos_w", "pad_qkv"))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, -0.3])
+def test_scale(backend, device, scale):
+    """The bias comes from the unscaled query: it stays where the scale takes the scores away."""
+    _check(_arguments(device, grid=(5, 3), window=4), scale=scale)
+
+
+def test_padded_keys_are_attended_to(backend, device):
+    """As in SAM, where the padding is the bias of the projection; leaving it out would change the result."""
+    arguments = _arguments(device, grid=(5, 6), window=4)
+    other = arguments | {"pad_qkv": arguments["pad_qkv"] + 1}
+    ours, others = (functional.image_attention(**each) for each in (arguments, other))
+    assert torch.equal(ours[:, :4, :4], others[:, :4, :4])
+    assert (ours[:, 4:] != others[:, 4:]).any(-1).all()
+    assert (ours[:, :, 4:] != others[:, :, 4:]).any(-1).all()
+
+
+def test_padding_that_no_window_needs_has_a_gradient_of_zeros(backend, device):
+    results = run(functional.image_attention, _arguments(device, grid=(4, 4), window=4))
+    assert not results["gradient of pad_qkv"].any()
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [(5, 27), (13, 3), (1, 9)], ids=str)
+@pytest.mark.parametrize("window", [0, 4])
+def test_tables_of_another_length(backend, device, dtype, lengths, window):
+    _check(_arguments(device, dtype, grid=(5, 6), window=window, lengths=lengths))
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [0, 4])
+def test_layouts(backend, device, layout, window):
+    """NaN lies beside every element that is not the tensor's own."""
+    arguments = _arguments(device, torch.bfloat16, batch=2, heads=2, grid=(5, 3), window=window)
+    for name in ("qkv", "rel_pos_h", "rel_pos_w"):
+        arguments[name] = lay_out(arguments[name], layout)
+    _check(arguments)
+
+
+def test_a_crop_of_a_larger_image(backend, device):
+    """Rows and columns of any stride: no copy of the image is needed to look at a part of it."""
+    arguments = _arguments(device, grid=(5, 6), window=4)
+    larger = torch.full((1, 9, 13, 48), torch.nan, device=device)
+    crop = larger[:, 2:7, 1:13:2]
+    arguments["qkv"] = crop.copy_(arguments["qkv"])
+    _check(arguments)
+
+
+def test_the_result_is_fresh_and_contiguous(backend, device):
+    out = functional.image_attention(**_arguments(device, batch=2, heads=2, window=4))
+    assert out.is_contiguous()
+    out += 1
+
+
+# --- range ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_large_scores(backend, device, window):
+    """Biases of ±10⁴, which overflow without the running maximum."""
+    arguments = _arguments(device, grid=(5, 6), window=window)
+    arguments["rel_pos_h"] *= 2000
+    results = run(functional.image_attention, arguments)
+    exact = run(reference.image_attention, arguments, torch.float64)
+    # float32 scores of 10⁴ are known to 5e-4, each, which their exponentials inherit.
+    torch.testing.assert_close(results["output"].double(), exact["output"], rtol=5e-3, atol=5e-3)
+    assert all(value.isfinite().all() for value in results.values())
+
+
+# --- gradients ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("extras", [False, True], ids=["bare", "tables and pad"])
+def test_gradcheck(window, extras):
+    arguments = _arguments("cpu", torch.float64, grid=(4, 5), window=window, dim=3, rel=extras, pad=extras)
+    names = [name for name, value in arguments.items() if isinstance(value, torch.Tensor)]
+
+    def function(*tensors):
+        return functional.image_attention(**(arguments | dict(zip(names, tensors, strict=True))))
+
+    with fastvit.use_backend("torch"):
+        assert torch.autograd.gradcheck(function, [arguments[name].requires_grad_() for name in names])
+
+
+@pytest.mark.parametrize("wanted", ["qkv", "rel_pos_h", "rel_pos_w", "pad_qkv"])
+def test_one_gradient_alone(backend, device, wanted):
+    arguments = _arguments(device, grid=(5, 3), window=4)
+    everything = run(functional.image_attention, arguments)
+    arguments[wanted] = arguments[wanted].requires_grad_()
+    out = functional.image_attention(**arguments)
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16).to(out)
+    (gradient,) = torch.autograd.grad(out, arguments[wanted], upstream)
+    torch.testing.assert_close(gradient, everything[f"gradient of {wanted}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_the_same_bits_twice(backend, device, window):
+    arguments = _arguments(device, torch.bfloat16, batch=2, heads=2, grid=(5, 6), window=window)
+    first, second = (run(functional.image_attention, arguments) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
