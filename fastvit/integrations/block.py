@@ -43,12 +43,14 @@ def _torch_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation=
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
-def _torch_qk_norm_rope(query, key, cos=None, sin=None, **keywords):
-    return reference.qk_norm_rope(query, key, cos, sin, **keywords)
+def _torch_qk_norm_rope(query, key, cos, sin, *, interleaved=False, norm=None, eps=1e-6, **weights):
+    cos, sin = (t if t is None else t.squeeze(1) if t.dim() == 4 else t[None] for t in (cos, sin))
+    params = [weights.get(f"{of}_{name}") for of in ("query", "key") for name in ("weight", "bias")]
+    return torch_backend.qk_norm_rope(query, key, cos, sin, interleaved, norm, params[0], params[1], params[2], params[3], eps)
 
 
 def _torch_glu(gate, value, *, activation="silu"):
-    return reference.glu(gate, value, activation=activation)
+    return torch_backend.glu(gate, value, activation)
 
 
 TORCH = SimpleNamespace(

@@ -4,7 +4,7 @@ Tables only. A block is served when it has one entry of each table and no child 
 matter, because libraries rename those. Paths are relative to the block.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Norms(NamedTuple):
@@ -67,12 +67,12 @@ NORMS = (
 ATTENTION_NAMES = ("attention", "attn", "self_attn", "self_attention")
 
 
-def _three(owner: str, out: str, names: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj"), **parts) -> Attention:
+def _three(owner: str, out: str, names: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"), **parts: Any) -> Attention:
     query, key, value = names
     return Attention(owner, (f"{owner}.{query}", f"{owner}.{key}", f"{owner}.{value}"), out, **parts)
 
 
-_TIMM_PARTS = {
+_TIMM_PARTS: dict[str, Any] = {
     "drop": ("attn.proj_drop",),
     "query_norm": "attn.q_norm",
     "key_norm": "attn.k_norm",

@@ -277,7 +277,8 @@ def activation_of(block: nn.Module, mlp: layouts.Mlp, gated: bool) -> str | None
         return "silu" if gated else None
     module = child(block, mlp.activation)
     if module is None:
-        return {F.relu: "relu", F.gelu: "gelu"}.get(getattr(block, mlp.activation, None))
+        function: Any = getattr(block, mlp.activation, None)
+        return {F.relu: "relu", F.gelu: "gelu"}.get(function)
     if _package(module) not in layouts.ACTIVATION_PACKAGES:
         return None
     if type(module) is nn.GELU:
