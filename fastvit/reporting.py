@@ -1,16 +1,18 @@
 """What acceleration did to a model, to print, to store and to show in a notebook; and what share of its arithmetic that is."""
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import backend
+from .integrations.parts import child
 from .verification import eager_where_compiled, evaluated, observed
 
 STYLE = (
@@ -151,8 +153,9 @@ def count_flops(
             running.pop()
 
     def block(name: str, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        nested = bool(running and running[-1])  # served blocks inside a served block: its count has theirs
         output, flops = counted(forward, args, kwargs, name)
-        counts[name] += flops
+        counts[name] += 0 if nested else flops
         return output
 
     def beside(name: str, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
@@ -162,7 +165,8 @@ def count_flops(
             counts[around] -= flops
         return output
 
-    inner = {f"{name}.{path}": blocks[name].get_submodule(path) for name in blocks for path in called.get(name, ())}
+    inner = {f"{name}.{path}": child(blocks[name], path) for name in blocks for path in called.get(name, ())}
+    inner = {name: module for name, module in inner.items() if module is not None}  # None: taken out since
     gpus = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
     with (
         without(),
@@ -170,22 +174,25 @@ def count_flops(
         observed(model, inner, beside),
         evaluated(model),
         eager_where_compiled(model),
-        _decomposed_attention(),
+        _decomposed(),
         torch.no_grad(),
         torch.random.fork_rng(gpus),
         counter,
     ):
-        model(*inputs, **keywords)
+        getattr(model, "_orig_mod", model)(*inputs, **keywords)  # torch.compile's wrapper warns of the counter's hooks
     return counts, counter.get_total_flops()
 
 
 @contextmanager
-def _decomposed_attention():
-    """Attention as matrix products, which the counter sees on every device; fused forms it knows on some."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _decomposed() -> Iterator[None]:
+    """Attention and linears as the matrix products that the counter sees on every device, fastvit's own operators too."""
+    mha, onednn = torch.backends.mha, cast(Any, torch.backends.mkldnn)
+    fast, enabled = mha.get_fastpath_enabled(), onednn.enabled
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        mha.set_fastpath_enabled(False)
+        onednn.enabled = False
+        with sdpa_kernel(SDPBackend.MATH), backend.use_backend_in_thread("torch"):
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        mha.set_fastpath_enabled(fast)
+        onednn.enabled = enabled

@@ -166,8 +166,8 @@ def observed(model: nn.Module, modules: Mapping[str, nn.Module], observe: Observ
     ``forward`` is the module's own at the time of the call. No hooks: some modules (``nn.TransformerEncoderLayer``) compute
     in another way when they have any.
     """
-    if any(isinstance(module, nn.DataParallel) and len(module.device_ids) > 1 for module in model.modules()):
-        raise ValueError("model holds a DataParallel over several GPUs, whose replicas cannot be observed; pass its .module")
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise ValueError("model holds a DataParallel, whose replicas cannot be observed; pass the module inside it")
     held = [(name, module, module.__dict__.get("forward")) for name, module in modules.items()]
     try:
         for name, module, forward in held:
@@ -254,6 +254,8 @@ def _distance(actual: Any, expected: Any) -> _Error:
     for ours, theirs in zip(left, right, strict=True):
         if not isinstance(theirs, Tensor):
             continue
+        if not isinstance(ours, Tensor):
+            raise ValueError(f"an accelerated output is {type(ours).__name__}; the original's is a tensor")
         if ours.shape != theirs.shape:
             raise ValueError(f"an accelerated output has shape {tuple(ours.shape)}; the original's is {tuple(theirs.shape)}")
         compared += 1
