@@ -36,7 +36,9 @@ def _reason(error: BaseException) -> str:
         )
     if isinstance(error, ImportError):
         return f"{error.name or one_line(error)} is missing: pip install 'fastvit[models]'"
-    return one_line(error)
+    if type(error).__name__ == "SafetensorError":  # raised by safetensors, which need not be installed here
+        return f"its weights are damaged ({one_line(error)})"
+    return f"cannot be loaded ({one_line(error)})"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

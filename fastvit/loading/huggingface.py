@@ -67,7 +67,11 @@ def from_folder(folder: Path, raw: dict[str, Any], weights: bool) -> nn.Module:
             weights_only=True,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported and refused below
         )
+        unfit = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
+    if unfit:
+        raise LoadError(f"{folder}: {len(unfit)} of its weights do not have the shapes of its config: {_few(unfit)}")
     _check_complete(folder, model, set(info["missing_keys"]))
     return model
 
@@ -85,6 +89,8 @@ def _config_and_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
     config = CONFIG_MAPPING[kind].from_dict(_inert(raw))
     config.name_or_path = str(folder)
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise LoadError(f"{folder / 'config.json'}: architectures is {names!r}; expected a list of class names")
     if not names:
         return config, transformers.AutoModel._model_mapping[type(config)]
     cls = getattr(transformers, str(names[0]), None)
@@ -114,5 +120,8 @@ def _check_complete(folder: Path, model: Any, missing: set[str]) -> None:
             model.pooler = None
             missing = missing - untrained
     if missing:
-        shown = ", ".join(sorted(missing)[:3]) + (", …" if len(missing) > 3 else "")
-        raise LoadError(f"{folder}: {len(missing)} tensors of {type(model).__name__} are not among its weights: {shown}")
+        raise LoadError(f"{folder}: {len(missing)} tensors of {type(model).__name__} are not among its weights: {_few(missing)}")
+
+
+def _few(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")

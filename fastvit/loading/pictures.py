@@ -114,14 +114,14 @@ def _timm(config: dict[str, Any], name: str) -> Preprocessing:
             raise LoadError(f"{name}: takes {channels} channels, cropped by {found['crop_mode']!r}; expected 3, center or squash")
         if found["crop_mode"] == "center" and resize[0] != resize[1]:
             raise LoadError(f"{name}: crops the centre of pictures to {tuple(size)}; expected a square")
-        shorter = resize[0] if found["crop_mode"] == "center" else resize
         return Preprocessing(
-            tuple(size),
-            shorter,
-            tuple(found["mean"]),
-            tuple(found["std"]),
-            found["interpolation"],
+            size=tuple(size),
+            resize=resize[0] if found["crop_mode"] == "center" else resize,
+            mean=tuple(found["mean"]),
+            std=tuple(found["std"]),
+            interpolation=found["interpolation"],
             source="timm's pretrained_cfg",
+            rounds_offset=True,
         )
 
 

@@ -18,6 +18,7 @@ class Preprocessing:
     ``size``: (height, width) in pixels of what the model sees. ``resize``: the length that the shorter side is brought to
     before, or the exact (height, width). ``mean``, ``std``: per channel, of values multiplied by ``scale``.
     ``interpolation``: a name of ``PIL.Image.Resampling`` in lower case. ``source``: where these numbers come from.
+    ``rounds_offset``: half a pixel of offset is rounded to even, as torchvision does, not down, as transformers does.
     Raises ``ValueError`` when what is cut out is larger than what it is cut from.
     """
 
@@ -28,6 +29,7 @@ class Preprocessing:
     interpolation: str
     scale: float = 1 / 255
     source: str = ""
+    rounds_offset: bool = False
 
     def __post_init__(self) -> None:
         sides = self.resize if isinstance(self.resize, tuple) else (self.resize, self.resize)
@@ -44,7 +46,8 @@ class Preprocessing:
             shorter = min(picture.size)
             width, height = (int(self.resize * side / shorter) for side in picture.size)
         resized = picture.resize((width, height), Image.Resampling[self.interpolation.upper()])
-        left, top = (width - self.size[1]) // 2, (height - self.size[0]) // 2
+        offsets = (width - self.size[1]) / 2, (height - self.size[0]) / 2
+        left, top = (round(offset) if self.rounds_offset else int(offset) for offset in offsets)
         return resized.crop((left, top, left + self.size[1], top + self.size[0]))
 
     def pixels(self, view: "Image.Image") -> Tensor:
