@@ -83,7 +83,7 @@ def _clip_text(size: Size, **options) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     sizes = {"hidden_size": size.dim, "num_hidden_layers": size.depth, "num_attention_heads": size.heads}
-    config = CLIPTextConfig(**sizes, intermediate_size=size.mlp, vocab_size=99, eos_token_id=98, **options)
+    config = CLIPTextConfig(**sizes, intermediate_size=size.mlp, vocab_size=99, bos_token_id=0, eos_token_id=98, **options)
     return perturb(CLIPTextModel(config))
 
 
@@ -138,8 +138,10 @@ def _torchvision_vit(size: Size, **options) -> nn.Module:
 def _torch_encoder(**fixed) -> Callable:
     def build(size: Size, **options) -> nn.Module:
         given = {"dropout": 0.0, "batch_first": True, **fixed, **options}
-        layer = nn.TransformerEncoderLayer(size.dim, size.heads, size.mlp, **given)
-        return perturb(nn.TransformerEncoder(layer, size.depth, enable_nested_tensor=not given.get("norm_first", False)))
+        heads = size.heads + size.heads % 2  # with an odd number torch makes no nested tensors of padded batches
+        layer = nn.TransformerEncoderLayer(size.dim, heads, size.mlp, **given)
+        nested = given["batch_first"] and not given.get("norm_first", False)  # torch warns where they cannot be made
+        return perturb(nn.TransformerEncoder(layer, size.depth, enable_nested_tensor=nested))
 
     return build
 
