@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations import block as fused
 from .integrations import probe, swap
+from .integrations.block import queries_and_keys
+from .integrations.call import read_call
 from .integrations.parts import Layout, find_layout
 from .nn import EncoderBlock
 
@@ -165,10 +166,11 @@ def _parent(name: str) -> str:
 
 
 def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that are blocks or look like one, none inside another that is one."""
+    """Modules that are blocks or look like one, none inside another that is one. An attention alone (a pooling head's) is none:
+    what goes around it is not known."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        if any(name.startswith(f"{block}.") or not block for block in inside):
+        if isinstance(module, nn.MultiheadAttention) or any(name.startswith(f"{block}.") or not block for block in inside):
             continue
         found = isinstance(module, EncoderBlock) or swap.is_served(module) or find_layout(module)
         if found:
@@ -181,8 +183,7 @@ def _layout(module: nn.Module, proofs: dict[Any, str | None]) -> Layout | str:
     """A block's layout, proved to be what its forward computes; a reason otherwise."""
     if swap.is_served(module):
         return module.__dict__[swap.ATTRIBUTE].layout
-    layout = find_layout(module)
-    assert layout is not None
+    layout: Any = find_layout(module)
     if isinstance(layout, str):
         return layout
     key = probe.signature(module, layout)
@@ -195,10 +196,10 @@ def _attention(name: str, module: Any, layout: Layout | None, args: tuple, kwarg
     """The attention of a block that is called with ``args`` and ``kwargs``."""
     if layout is None:
         return _own_attention(name, module, *args, **kwargs)
-    call = swap.read_call(module, layout, args, kwargs)
+    call = read_call(module, layout, args, kwargs)
     if isinstance(call, str):
         raise ValueError(f"the attention of {name or 'the model'} is not known: {call}")
-    return _Attention(*fused.queries_and_keys(module, layout, call), call.attn_mask, call.is_causal)
+    return _Attention(*queries_and_keys(module, layout, call), attn_mask=call.attn_mask, is_causal=call.is_causal)
 
 
 def _own_attention(
@@ -206,4 +207,4 @@ def _own_attention(
 ) -> _Attention:
     if module.attn.on_grid:
         raise ValueError(f"{name or 'the model'} attends on a grid, by windows or with relative positions; expected a sequence")
-    return _Attention(*module.attn.queries_and_keys(module.norm1(input)), attn_mask, is_causal)
+    return _Attention(*module.attn.queries_and_keys(module.norm1(input)), attn_mask=attn_mask, is_causal=is_causal)

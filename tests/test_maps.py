@@ -8,13 +8,9 @@ from torch import nn
 
 import fastvit
 from fastvit import maps
-from fastvit.integrations import swap
 from fastvit.models import VisionTransformer
 from fastvit.nn import Attention, EncoderBlock
 from tests.models_for_acceleration import hf_dinov2, hf_vit, image, perturb, timm_vit
-
-READY = hasattr(swap, "read_call")
-needs_layouts = pytest.mark.skipif(not READY, reason="integrations cannot read a block's queries and keys yet")
 
 
 def own_vit(**options):
@@ -89,10 +85,7 @@ def rollout(attentions: list[torch.Tensor]) -> torch.Tensor:
     return product[:, 0]
 
 
-LIBRARIES = {
-    build.__name__: build for build in (hf_vit, hf_dinov2, hf_dinov3, hf_siglip, hf_clip, timm_vit, timm_qk_norm, torchvision_vit)
-}
-MODELS = [own_vit, *(pytest.param(build, marks=needs_layouts) for build in LIBRARIES.values())]
+MODELS = [own_vit, hf_vit, hf_dinov2, hf_dinov3, hf_siglip, hf_clip, timm_vit, timm_qk_norm, torchvision_vit]
 exact = {"atol": 1e-5, "rtol": 1e-5}
 
 
