@@ -13,10 +13,10 @@ PINS := requirements/constraints.txt setup.py pyproject.toml
 SEES_A_GPU := import torch, sys; sys.exit(not torch.cuda.is_available())
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo pictures test test-fast lint format bench gpu clean
+.PHONY: help install demo pictures test test-fast lint format bench compatibility gpu clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(VENV)/.dev  ## the environment for all the rest, in .venv
 
@@ -44,6 +44,9 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 bench: $(VENV)/.dev  ## time whole models on this CPU; JSON goes to out/
 	@mkdir -p $(OUT)
 	$(BIN)/python -m benchmarks.cpu_models --json $(OUT)/cpu_models.json $(ARGS)
+
+compatibility: $(VENV)/.dev  ## measure every family that is served and write docs/compatibility.md
+	$(BIN)/python -m benchmarks.compatibility $(ARGS)
 
 # A GPU machine usually has its own PyTorch and perhaps no network: use the active Python where it sees a GPU.
 gpu:  ## the tests and the kernels' timings on a GPU (PART=..., OUT=...); exits 2 where there is none
