@@ -105,8 +105,8 @@ def page(results: dict[str, Any]) -> str:
     lines = [
         "# What is served, and what it gives",
         "",
-        "Made by `make compatibility`, which measures every row on the machine at hand. Each family is built as a ViT-B of twelve",
-        "blocks (224 px, patch 16, batch 1; torch's modules on 197 tokens) with random weights, none left at a trivial value.",
+        "Made by `make compatibility`, which measures every row on the machine at hand. Each family is built as a ViT-B of",
+        "twelve blocks (224 px, patch 16, batch 1; torch's modules on 197 tokens), no weight left at a trivial value.",
         "",
         f"Machine: {machine['threads']} threads of {machine['cpu']}, PyTorch {machine['torch']}, float32, inference; commit"
         f" {machine['commit']}, {results['date']}. **Not measured on a GPU.**",
@@ -118,15 +118,15 @@ def page(results: dict[str, Any]) -> str:
         low, high = row["ratio_quartiles"]
         before, after = row["seconds"][row["best_own_mode"]], row["seconds"]["accelerated"]
         lines.append(
-            f"| {row['title']} | {row['replaced']} | {row['fused_share']:.1%} | {row['relative_error']:.1e} | {row['best_own_mode']}"
-            f" | {before * 1e3:.0f} ms | {after * 1e3:.0f} ms | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
+            f"| {row['title']} | {row['replaced']} | {row['fused_share']:.1%} | {row['relative_error']:.1e}"
+            f" | {row['best_own_mode']} | {before * 1e3:.0f} ms | {after * 1e3:.0f} ms | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
         )
     lines += [
         "",
-        "- **fused FLOPs**: the share of the model's matrix products, convolutions and attention (counted by `fastvit.report(model,",
-        "  **inputs)`) that runs in fused operators; the rest is the patch embedding and the head.",
+        "- **fused FLOPs**: the share of the model's matrix products, convolutions and attention that runs in fused operators,",
+        "  counted by `fastvit.report(model, **inputs)`; the rest is the patch embedding and the head.",
         "- **relative error**: the largest difference to the original's output, over its largest value, in float32.",
-        "- **own best mode**: the fastest mode that the library offers for this model: SDPA or eager attention, torch's fast path.",
+        "- **own best mode**: the fastest that the library offers for this model: SDPA or eager attention, torch's fast path.",
         "- **times as fast**: median over paired runs of the original's time in that mode over the accelerated model's.",
         "",
         "What serves a block, as its report says:",
