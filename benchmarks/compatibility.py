@@ -116,10 +116,10 @@ def page(results: dict[str, Any]) -> str:
     ]
     for row in rows:
         low, high = row["ratio_quartiles"]
-        before, after = row["seconds"][row["best_own_mode"]], row["seconds"]["accelerated"]
+        before, after = (f"{1e3 * row['seconds'][name]:.0f} ms" for name in (row["best_own_mode"], "accelerated"))
         lines.append(
             f"| {row['title']} | {row['replaced']} | {row['fused_share']:.1%} | {row['relative_error']:.1e}"
-            f" | {row['best_own_mode']} | {before * 1e3:.0f} ms | {after * 1e3:.0f} ms | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
+            f" | {row['best_own_mode']} | {before} | {after} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
         )
     lines += [
         "",
