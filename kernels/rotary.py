@@ -477,7 +477,7 @@ def _strides(tensor: torch.Tensor | None, name: str) -> dict[str, int]:
 def _shapes(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor | None) -> dict[str, int]:
     _, heads, tokens, dim = query.shape
     prefix = 0 if cos is None else tokens - cos.shape[1]
-    block = triton.next_power_of_2(triton.cdiv(dim, 2))
+    block = max(8, triton.next_power_of_2(triton.cdiv(dim, 2)))
     return dict(heads=heads, key_heads=key.shape[1], tokens=tokens, prefix=prefix, DIM=dim, BLOCK=block)
 
 
@@ -499,7 +499,7 @@ def launch_qk_norm_rope(
 ) -> None:
     """Fills query_out [B, N, H, D] and key_out [B, N, Hk, D], both contiguous. ``transposed`` rotates the other way."""
     batch, heads, tokens, dim = query.shape
-    row = config("qk_norm_rope", target_of(query), dim=dim)
+    row = config("qk_norm_rope", target_of(query), dim=dim, element_size=query.element_size())
     groups = triton.cdiv(heads + key.shape[1], row["GROUP"])
     launch(
         "qk_norm_rope",
