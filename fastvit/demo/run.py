@@ -21,7 +21,7 @@ import fastvit
 from ..backend import resolve
 from ..checkpoints import SaliencyModel, read_weights, saliency_model
 from ..checkpoints.saliency import IMAGE, PATCH, Library
-from . import features, measure, plots, tables
+from . import features, maps, measure, plots, tables
 from .picture import SAMPLE_CREDIT, load_picture, sample_picture, to_pixels
 
 CPU = torch.device("cpu")
@@ -62,12 +62,15 @@ def run_demo(options: Options, console: Console) -> bool:
             results[library], shown = _compare(model, pixels, options, step)
         with step("draw"):
             written += _draw(options.out, library, picture, credit, shown)
+            if library == options.libraries[0]:
+                written += _draw_once(options.out, library, picture, shown, weights)
     report = {"environment": environment(options), "picture": credit or str(path), "models": results}
     written += [options.out / "report.json", options.out / "report.md"]
     written[-2].write_text(json.dumps(report, indent=2) + "\n")
     written[-1].write_text(tables.markdown(report))
     if options.docs is not None:
-        chosen = [p for p in written if p.suffix == ".png" and p.stem.endswith(f"_{options.libraries[0]}")]
+        others = {f"_{library}" for library in options.libraries[1:]}
+        chosen = [p for p in written if p.suffix == ".png" and not p.stem.endswith(tuple(others))]
         plots.shrink(chosen, options.docs)
     console.print()
     for table in tables.terminal(report):
@@ -84,6 +87,8 @@ class Shown:
     saliency: tuple[Tensor, Tensor]
     attention: tuple[Tensor, Tensor]
     colours: tuple[Tensor, Tensor]
+    layers: list[Tensor]  # the accelerated model's class token, layer by layer
+    rollout: Tensor
 
 
 def _compare(model: SaliencyModel, pixels: Tensor, options: Options, step: "Steps") -> tuple[dict[str, Any], Shown]:
@@ -108,7 +113,10 @@ def _compare(model: SaliencyModel, pixels: Tensor, options: Options, step: "Step
     with step("run the accelerated model"):
         fast_tokens = model.tokens(pixels)
         fast_saliency = model.saliency(fast_tokens, size)
-        fast_attention = features.class_attention(model, pixels)
+    with step("attention maps and rollout") as note:
+        layers, rollout = features.class_attentions(model, pixels), features.rollout(model, pixels)
+        fast_attention = layers[-1]
+        note(f"{len(layers)} layers of the accelerated model; no N×N matrix is held")
     with step(f"time {options.runs} pairs of runs") as note:
         times = measure.paired_times(lambda: original.tokens(pixels), lambda: model.tokens(pixels), options.runs, options.device)
         note(f"{times.median_original * 1e3:.0f} → {times.median_accelerated * 1e3:.0f} ms, ratio {times.median_ratio:.2f}")
@@ -143,6 +151,8 @@ def _compare(model: SaliencyModel, pixels: Tensor, options: Options, step: "Step
         saliency=(saliency[0, 0], fast_saliency[0, 0]),
         attention=(attention, fast_attention),
         colours=(colours(tokens[0, 1:], grid), colours(fast_tokens[0, 1:], grid)),
+        layers=layers,
+        rollout=rollout,
     )
     return result, shown
 
@@ -153,6 +163,15 @@ def _draw(out: Path, library: Library, picture: Image.Image, credit: str, shown:
         plots.saliency_picture(out / f"saliency_{library}.png", picture, *shown.saliency, label, credit),
         plots.attention_picture(out / f"attention_{library}.png", picture, *shown.attention, label),
         plots.tokens_picture(out / f"tokens_{library}.png", picture, *shown.colours, label),
+    ]
+
+
+def _draw_once(out: Path, library: Library, picture: Image.Image, shown: Shown, weights: dict[str, Tensor]) -> list[Path]:
+    """What is drawn once, of the first library's model."""
+    grid = (IMAGE // PATCH, IMAGE // PATCH)
+    return [
+        maps.rollout_picture(out / "attention_rollout.png", picture, shown.layers, shown.rollout, tables.TITLES[library]),
+        maps.positions_picture(out / "position_similarity.png", features.position_similarities(weights), grid),
     ]
 
 

@@ -9,6 +9,7 @@ TITLES = {"hf": "Hugging Face Dinov2Model", "timm": "timm vit_small_patch14_dino
 SHORT = {"hf": "HF Dinov2Model", "timm": "timm's twin"}
 COST_HEADER = ("model", "time before", "after", "ratio", "peak memory before", "after")
 ERROR_HEADER = ("difference", "largest", "relative", "cosine")
+DRAWN_ONCE = ("attention_rollout", "position_similarity")
 OUTPUTS = {"tokens": "tokens", "saliency": "saliency map", "class_attention": "class-token attention"}
 
 Row = tuple[str, ...]
@@ -68,6 +69,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = ["# fastvit demo", "", f"Picture: {report['picture']}. {caption(report)}", ""]
     lines += _markdown_table(COST_HEADER, [_cost(library, result) for library, result in models])
     lines += _markdown_table(ERROR_HEADER, [row for library, result in models for row in _errors(library, result)])
+    lines += [*(f"![{name}]({name}.png)" for name in DRAWN_ONCE), ""]
     for library, result in models:
         verified = result["verified"]
         verdict = "passed" if verified["passed"] else "FAILED"
