@@ -68,7 +68,7 @@ def matrices(model, x) -> list[torch.Tensor]:
     for module in list(model.modules()):
         if isinstance(module, Attention):
             module.register_forward_pre_hook(of_own)
-        elif isinstance(module, nn.MultiheadAttention) and "head" not in type(module).__name__.lower()[:4]:
+        elif isinstance(module, nn.MultiheadAttention):
             module.register_forward_pre_hook(of_multihead, with_kwargs=True)
         elif hasattr(module, "attn_drop"):  # timm: what goes through the dropout of its unfused attention is the matrix
             module.fused_attn = False
@@ -223,3 +223,61 @@ def test_a_block_whose_attention_is_not_what_its_names_say_is_refused():
     model = timm_vit(block_fn=ResPostBlock)
     with pytest.raises(ValueError, match=r"the attention of blocks\.0 is not known"):
         fastvit.attention_rollout(model, image())
+
+
+def test_a_model_of_two_towers_is_refused_and_either_tower_served():
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 96}
+    text = CLIPTextConfig(vocab_size=20, max_position_embeddings=8, bos_token_id=1, eos_token_id=2, pad_token_id=0, **sizes)
+    vision = CLIPVisionConfig(image_size=24, patch_size=8, **sizes)
+    model = perturb(CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=16)))
+    words = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 2]])
+    with pytest.raises(ValueError, match="several encoders"):
+        fastvit.attention_rollout(model, input_ids=words, pixel_values=image(2))
+    assert fastvit.attention_rollout(model.vision_model, pixel_values=image(2)).shape == (2, 10)
+    model.text_model.set_attn_implementation("eager")
+    expected = model.text_model(input_ids=words, output_attentions=True).attentions
+    for ours, theirs in zip(fastvit.attention_maps(model.text_model, input_ids=words, query=2), expected, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, 2], **exact)
+        assert not ours[:, :, 3:].any()  # causal
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_own_encoder_with_padded_tokens(norm_first):
+    layer = nn.TransformerEncoderLayer(48, 3, 96, 0.0, "gelu", batch_first=True, norm_first=norm_first)
+    model = perturb(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    x, padding = torch.randn(2, 6, 48), torch.tensor([[False] * 6, [False] * 4 + [True] * 2])
+    expected = []
+    twin = copy.deepcopy(model)
+
+    def record(module, args, kwargs):
+        x = args[0]
+        masked = nn.MultiheadAttention.forward(module, x, x, x, key_padding_mask=padding, average_attn_weights=False)
+        expected.append(masked[1])
+
+    for block in twin.layers:
+        block.self_attn.register_forward_pre_hook(record, with_kwargs=True)
+    twin.train()(x, src_key_padding_mask=padding)  # in evaluation torch's fast path calls no attention
+    found = fastvit.attention_maps(model, x, src_key_padding_mask=padding, query=3)
+    assert len(expected) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs[:, :, 3], **exact)
+    assert not found[0][1, :, 4:].any()
+    torch.testing.assert_close(fastvit.attention_rollout(model, x, src_key_padding_mask=padding), rollout(expected), **exact)
+
+
+def test_blocks_served_by_the_kernels_show_the_same(backend):
+    model, x = hf_vit(), image(1)
+    expected = rollout(matrices(model, x))
+    fastvit.accelerate(model)
+    torch.testing.assert_close(fastvit.attention_rollout(model, x), expected, **exact)
+
+
+def test_accelerate_has_nothing_to_do_for_our_own_model_and_says_so():
+    model = own_vit()
+    expected = model(image())
+    report = fastvit.report(fastvit.accelerate(model))
+    assert not report.replaced
+    assert "fastvit's own block" in report.skipped["blocks.0"]
+    assert torch.equal(model(image()), expected)
