@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backend as _backend
-from .integrations import probe, swap
+from .integrations import dispatched, probe, swap
 from .integrations.multihead import MultiheadLayout
 from .integrations.parts import Layout, find_layout
 from .reporting import Report, count_flops
@@ -281,9 +281,10 @@ def _why_not_swap(module: nn.Module) -> str | None:
     names = [cls.__name__ for cls in type(module).__mro__]
     if any(name in ("FSDPModule", "FullyShardedDataParallel") for name in names):
         return "it is sharded by FSDP, whose class a swap would strip: accelerate before fully_shard"
-    if "_old_forward" in module.__dict__:
-        return "accelerate's hooks hold its forward: call fastvit.accelerate before dispatching the model"
-    if "forward" in module.__dict__:
+    hooked = dispatched.HELD in module.__dict__
+    if hooked and not dispatched.holds_forward_of_class(module):
+        return "accelerate's hooks hold its forward in an unknown way: call fastvit.accelerate before dispatching the model"
+    if not hooked and dispatched.has_forward_of_its_own(module):
         return "it has a forward of its own, set on the instance"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is a TorchScript module"
@@ -323,8 +324,7 @@ def _snapshot(model: nn.Module) -> _Snapshot:
 
 def _revert(snapshot: _Snapshot) -> None:
     for module, cls, entries in snapshot:
-        if type(module) is not cls:
-            module.__class__ = cls
+        dispatched.exchange_class(module, cls)
         for key in (swap.ATTRIBUTE, STATE):
             module.__dict__.pop(key, None)
         module.__dict__.update(entries)

@@ -2,5 +2,6 @@
 
 ``layouts`` names the children a block may have, ``parts`` reads them out (or says why not), ``call`` reads what a block was
 called with, ``block`` computes with them, ``multihead`` does all this for ``torch.nn.MultiheadAttention``, ``probe`` proves on
-random weights that this computes what the module's own forward does, ``swap`` puts it into a module.
+random weights that this computes what the module's own forward does, ``swap`` puts it into a module, ``dispatched`` finds the
+forwards that Hugging Face accelerate's hooks hold.
 """

@@ -15,6 +15,7 @@ from torch import nn
 
 from .._checks import MAX_HEAD_DIM
 from . import layouts, multihead
+from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
@@ -308,7 +309,8 @@ def _call_if_odd(path: str | None, module: Any, own: dict[str, str]) -> None:
     if path is None or module is None:
         return
     if type(module) is not nn.Linear:
-        own[path] = f"is called as it is (a {_name(module)}, not a plain Linear)"
+        kind = _name(module) if _name(module) != "Linear" else f"Linear of {_package(module)}'s own"
+        own[path] = f"is called as it is (a {kind}, not a plain Linear)"
     elif type(module.weight) not in PLAIN_TENSORS:
         own[path] = f"is called as it is (its weight is a {_name(module.weight)}, not a plain Parameter)"
 
@@ -350,7 +352,7 @@ def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None
         now: Any = type(found)
         if now is not kind:
             return f"{path} is now a {now.__name__} (it was a {kind.__name__})"
-        if "forward" in found.__dict__:
+        if "forward" in found.__dict__ and has_forward_of_its_own(found) and not only_aligned_with(module, found):
             return f"{path} has a forward of its own (set on the instance, as accelerate's hooks do)"
         if found._forward_pre_hooks or found._backward_hooks or found._backward_pre_hooks:
             return f"{path} has hooks"

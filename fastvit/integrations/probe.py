@@ -8,7 +8,6 @@ and in training mode: dropout that is no module shows only there.
 
 import copy
 import random
-import types
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from . import layouts
 from .block import compute, compute_multihead
 from .call import read_call
+from .dispatched import without_hooks
 from .multihead import MultiheadCall, MultiheadLayout
 from .parts import Layout, child, drops_attention_weights
 
@@ -165,10 +165,7 @@ def _stand_in(module: nn.Module, generator: torch.Generator, memo: dict[int, nn.
     if id(module) in memo:
         return memo[id(module)]
     twin = memo[id(module)] = module.__class__.__new__(module.__class__)
-    twin.__dict__.update(module.__dict__)
-    for name in ("forward", "_old_forward"):
-        if isinstance(twin.__dict__.get(name), types.MethodType | types.FunctionType):
-            del twin.__dict__[name]
+    twin.__dict__.update(without_hooks(module.__dict__, module))
     fresh = nn.Module()
     for name, value in fresh.__dict__.items():
         if "hooks" in name:

@@ -5,7 +5,6 @@ all there is to undo. Pickling and ``copy.deepcopy`` go by the original class an
 """
 
 import functools
-import types
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import nn
 from . import multihead
 from .block import compute, compute_multihead
 from .call import nested_again, read_call
+from .dispatched import exchange_class
 from .multihead import MultiheadLayout
 from .parts import Layout, hooked, why_not_now
 
@@ -99,37 +99,13 @@ def is_wrapped(module: nn.Module) -> bool:
 
 
 def serve(module: nn.Module, serving: Serving) -> None:
-    own = type(module)
-    module.__class__ = served_class(own)
+    exchange_class(module, served_class(type(module)))
     module.__dict__[ATTRIBUTE] = serving
-    _rebind(module, own.forward)
 
 
 def release(module: nn.Module) -> None:
-    served = type(module)
-    module.__class__ = original_class(served)
+    exchange_class(module, original_class(type(module)))
     module.__dict__.pop(ATTRIBUTE, None)
-    _rebind(module, served.forward)
-
-
-HELD = "_old_forward"  # where Hugging Face accelerate's hooks keep the forward that they run
-
-
-def serves_hooked(module: nn.Module) -> bool:
-    """Whether a forward that accelerate's hooks hold is the class's own, and can be exchanged while they hold it."""
-    held: Any = module.__dict__.get(HELD)
-    return _binds(held, module, type(module).forward) and isinstance(module.__dict__.get("forward"), functools.partial)
-
-
-def _binds(method: Any, module: nn.Module, function: Any) -> bool:
-    return isinstance(method, types.MethodType) and method.__self__ is module and method.__func__ is function
-
-
-def _rebind(module: nn.Module, former: Any) -> None:
-    """Lets accelerate's hooks, or what they left on the module when they were removed, run the present class's forward."""
-    for name in (HELD, "forward"):
-        if _binds(module.__dict__.get(name), module, former):
-            module.__dict__[name] = types.MethodType(type(module).forward, module)
 
 
 def link(module: nn.Module, following: nn.Module) -> None:
