@@ -27,6 +27,14 @@ def test_activations(backend, device, dtype, activation):
     _check(_arguments((3, 7, 40), dtype, device), activation=activation)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_inference(backend, device, dtype, activation):
+    """Without a gradient to keep anything for, the torch backend writes over its own."""
+    ops = functional.glu, reference.glu, reference.glu
+    assert_as_exact_as_eager(*ops, _arguments((3, 7, 40), dtype, device) | {"activation": activation}, backward=False)
+
+
 @pytest.mark.parametrize("shape", [(1,), (64,), (3, 1), (2, 2, 2, 8), (17, 257), (2, 3, 1000)], ids=str)
 def test_shapes(backend, device, shape):
     """17 rows and 257 channels leave an incomplete tile on either side."""
@@ -82,6 +90,15 @@ def test_large_gates(backend, device, activation):
     _check({"gate": gate, "value": torch.randn(7, device=device)}, activation=activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_largest_float16(backend, device, activation):
+    """1.702 times it is infinite."""
+    gate = torch.tensor([-65504.0, 65504.0], device=device).half()
+    out = functional.glu(gate, torch.full_like(gate, 0.5), activation=activation)
+    expected = reference.glu(gate.double(), torch.full_like(gate, 0.5).double(), activation=activation)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16)], ids=str)
 def test_empty(backend, device, shape):
     results = run(functional.glu, _arguments(shape, torch.float32, device))
@@ -95,14 +112,6 @@ def test_inputs_are_left_alone(backend, device):
         for activation in ACTIVATIONS:
             functional.glu(**arguments, activation=activation)
     assert all(torch.equal(arguments[name], copies[name]) for name in arguments)
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_inference_gives_what_training_gives(backend, device, activation):
-    arguments = _arguments((2, 5, 24), torch.bfloat16, device)
-    trained = run(functional.glu, arguments | {"activation": activation})["output"]
-    with torch.inference_mode():
-        torch.testing.assert_close(functional.glu(**arguments, activation=activation), trained)
 
 
 @pytest.mark.parametrize("frozen", ["gate", "value"])
