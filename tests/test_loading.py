@@ -376,6 +376,8 @@ def test_a_name_of_another_type(name, error):
     ("options", "error", "says"),
     [
         ({"backend": "cuda"}, ValueError, "backend is 'cuda'"),
+        ({"device": "typewriter"}, ValueError, "device is 'typewriter'"),
+        ({"device": "cuda:99"}, ValueError, "device is 'cuda:99'"),
         ({"dtype": torch.int8}, TypeError, "dtype is"),
         ({"dtype": "fp16"}, TypeError, "dtype is"),
     ],

