@@ -18,7 +18,17 @@ import fastvit
 from fastvit import acceleration, functional, reporting, verification
 from fastvit.integrations import handoff, probe, swap
 from fastvit.ops import torch_backend
-from tests.models_for_acceleration import OldViTLayer, hf_dinov2, hf_vit, image, old_vit, perturb, timm_vit, tokens
+from tests.models_for_acceleration import (
+    OldViTLayer,
+    hf_dinov2,
+    hf_vit,
+    image,
+    old_vit,
+    perturb,
+    timm_own_mlp,
+    timm_vit,
+    tokens,
+)
 
 ROOT = Path(__file__).parents[1]
 TOKENS, DIM, HIDDEN, DEPTH = 10, 48, 96, 3  # of timm_vit
@@ -222,11 +232,61 @@ def test_errors_of_outputs(actual, error):
     assert verification._relative(actual, torch.ones(2)) == error
 
 
-def test_a_compiled_model_is_traced_without_its_compiler():
+def test_padded_batches_are_traced_though_torch_nests_them():
+    layer = nn.TransformerEncoderLayer(DIM, 4, HIDDEN, batch_first=True, activation="gelu")
+    model = fastvit.accelerate(perturb(nn.TransformerEncoder(layer, 2)).eval())
+    padding = torch.zeros(2, TOKENS, dtype=torch.bool)
+    padding[1, 7:] = True
+    result = fastvit.verify(model, tokens(2, TOKENS), src_key_padding_mask=padding)
+    assert result.passed
+    assert [call.name for call in result.trace] == ["layers.0", "layers.1"]
+    assert all(max(call.relative_error, call.own_error) <= 1e-5 for call in result.trace)
+
+
+def test_multi_head_attention_is_traced_with_its_tuple(monkeypatch):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(DIM, 4, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x, x, need_weights=False)[0]
+
+    model = fastvit.accelerate(perturb(Model()))
+    assert fastvit.verify(model, tokens()).trace[0].own_error <= 1e-5
+    real = torch_backend.attention
+    monkeypatch.setattr(torch_backend, "attention", lambda *arguments: 1.1 * real(*arguments))
+    assert fastvit.verify(model, tokens()).first_out_of_line == "attn"
+
+
+@pytest.mark.parametrize("hooks", ["held", "removed"])
+def test_blocks_that_accelerates_hooks_held_are_traced_and_counted(monkeypatch, hooks):
+    library = pytest.importorskip("accelerate.hooks")
     model = fastvit.accelerate(timm_vit())
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for block in model.blocks:
+        library.add_hook_to_module(block, library.ModelHook())
+        if hooks == "removed":
+            library.remove_hook_from_module(block)
+    assert fastvit.report(model, image()).flops == {f"blocks.{i}": block_flops(2) for i in range(DEPTH)}
+    before = contents(model)
+    tamper(monkeypatch, model.blocks[1])
+    result = fastvit.verify(model, image())
+    assert (result.fused_blocks, result.first_out_of_line) == (3, "blocks.1")
+    assert result.trace[2].own_error <= 1e-5
+    assert [entry[:2] for entry in contents(model)] == [entry[:2] for entry in before]
+    assert [set(entry[2]) for entry in contents(model)] == [set(entry[2]) for entry in before]
+
+
+def test_a_compiled_model_is_traced_without_its_compiler():
+    model, ran = fastvit.accelerate(timm_vit()), []
+
+    def backend(graph, inputs):
+        return lambda *arguments: ran.append(1) or graph.forward(*arguments)
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     result = fastvit.verify(compiled, image())
     assert result.passed
+    assert len(ran) == 2  # compared is what was compiled
     assert [call.name for call in result.trace] == [f"_orig_mod.blocks.{i}" for i in range(3)]
     assert fastvit.report(compiled, image()).fused_share == fastvit.report(model, image()).fused_share
 
@@ -352,6 +412,32 @@ def test_what_a_block_calls_as_it_is_does_not_count_as_fused():
     assert total == fastvit.report(model, image()).total_flops
 
 
+def test_a_block_inside_a_block_counts_once():
+    model = timm_vit()
+    blocks = {"outer": model.blocks[0], "inner": model.blocks[0].mlp}
+    flops, _ = reporting.count_flops(model, (image(),), {}, blocks, {}, nullcontext)
+    assert flops == {"outer": block_flops(2), "inner": 0}
+
+
+ATTENTION_FLOPS = 2 * 2 * TOKENS * (4 * DIM * DIM + 2 * TOKENS * DIM)
+
+
+def test_an_mlp_of_another_kind_does_not_count_as_fused():
+    found = fastvit.report(fastvit.accelerate(timm_own_mlp()), image())
+    assert set(found.flops.values()) == {ATTENTION_FLOPS}
+    assert found.total_flops == fastvit.report(timm_own_mlp(), image()).total_flops
+
+
+def test_an_adapter_does_not_count_as_fused():
+    peft = pytest.importorskip("peft")
+    model = timm_vit()
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["fc1"], r=4), model)
+    found = fastvit.report(fastvit.accelerate(model), image())
+    assert set(found.flops.values()) == {ATTENTION_FLOPS + 2 * 2 * TOKENS * DIM * HIDDEN}
+    adapters = DEPTH * 2 * 2 * TOKENS * 4 * (DIM + HIDDEN)
+    assert found.total_flops == fastvit.report(timm_vit(), image()).total_flops + adapters
+
+
 def test_one_module_called_by_two_blocks_is_taken_from_each_once():
     model = timm_vit()
     model.blocks[1].mlp = model.blocks[0].mlp
@@ -386,12 +472,11 @@ def test_a_model_that_is_not_accelerated_has_nothing_fused():
 
 def test_torchs_own_fast_path_is_counted():
     """It is one operator in inference, which the counter does not know."""
-    layer = nn.TransformerEncoderLayer(DIM, 3, HIDDEN, batch_first=True, activation="gelu", norm_first=True)
-    model = nn.Sequential(layer).eval()
+    layer = nn.TransformerEncoderLayer(DIM, 4, HIDDEN, batch_first=True, activation="gelu").eval()
     x = tokens(2, TOKENS)
-    assert fastvit.report(model, x).total_flops == block_flops(2)
-    attention = nn.MultiheadAttention(DIM, 3, batch_first=True).eval()
-    assert fastvit.report(attention, x, x, x).total_flops == 2 * 2 * TOKENS * (4 * DIM * DIM + 2 * TOKENS * DIM)
+    assert fastvit.report(layer, x).total_flops == block_flops(2)
+    attention = nn.MultiheadAttention(DIM, 4, batch_first=True).eval()
+    assert fastvit.report(attention, x, x, x).total_flops == ATTENTION_FLOPS
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -419,7 +504,7 @@ def test_counting_leaves_the_model_as_it_was():
             self.norm, self.body = nn.BatchNorm2d(3), fastvit.accelerate(timm_vit(drop_path_rate=0.5))
 
         def forward(self, x):
-            return self.body(self.norm(x))
+            return self.body(self.norm(x)) + torch.rand(5)
 
     model = Normed().train()
     before, state, buffers = contents(model), torch.get_rng_state(), copy.deepcopy(model.state_dict())
