@@ -257,6 +257,7 @@ def test_bare_numbers_in_older_files(kind, size, resize, copied):
     [
         {},
         {"crop_pct": 0.875, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)},
+        {"crop_pct": 0.95},  # leaves 11 pixels over, of which timm cuts 6 off the top
         {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bilinear"},
         {"crop_pct": 0.9, "crop_mode": "squash"},
     ],
@@ -281,6 +282,9 @@ def test_labels_are_the_configs(saved):
 def test_a_thousand_classes_of_ones_own_are_not_taken_for_imagenets(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
+    assert labels(load_original(tmp_path)) is None
+    described = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path, pretrained_cfg=described["pretrained_cfg"] | {"hf_hub_id": "timm/vit_tiny_patch16_224.augreg_in21k"})
     assert labels(load_original(tmp_path)) is None
 
 
