@@ -83,13 +83,9 @@ def compute(block: nn.Module, layout: Layout, call: Call, pinned: str = "auto", 
     """
     x = call.hidden
     chosen = choose_backend(pinned, x)
-    sequence_first = layout.multihead and not child(block, layout.attention.owner).batch_first and call.present is None
     with _held_to(chosen, x):
         ops = TRITON if chosen == "triton" else TORCH
-        if sequence_first:
-            x = x.transpose(0, 1)
-        out = (_post_norm if layout.post_norm else _pre_norm)(block, layout, ops, chosen, x, call, next_norm)
-    return out.transpose(0, 1) if sequence_first else out
+        return (_post_norm if layout.post_norm else _pre_norm)(block, layout, ops, chosen, x, call, next_norm)
 
 
 def compute_multihead(module: Any, call: multihead.MultiheadCall, pinned: str = "auto") -> tuple[Tensor, None]:
@@ -152,8 +148,7 @@ def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tens
 
     For looking at attention weights, which the fused kernels never hold.
     """
-    sequence_first = layout.multihead and not child(block, layout.attention.owner).batch_first and call.present is None
-    x = call.hidden.transpose(0, 1) if sequence_first else call.hidden
+    x = call.hidden
     norm = child(block, layout.norms.before)
     if not layout.post_norm:
         x = TORCH.layer_norm(x, norm.weight, norm.bias, norm.eps)
@@ -163,19 +158,22 @@ def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tens
 
 def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> Tensor:
     names = layout.attention
-    batch, tokens, _ = x.shape
     owner = child(block, names.owner)
     query, key, value = _project(block, layout, ops, x, call)
     scale = _scale(owner, query.shape[-1])
     out = ops.attention(query, key, value, call.attn_mask, is_causal=call.is_causal, scale=scale)
-    out = out.transpose(1, 2).reshape(batch, tokens, -1)
     del query, key, value
+    tokens_first = layout.multihead and multihead.tokens_first(owner, call.present)
+    # Dropout draws in the order of memory, in which torch's attention leaves tokens first also where the batch comes first.
+    turned = layout.multihead and not tokens_first and any(_active(child(block, layout.residuals[0].drop)))
+    out = (out.permute(2, 0, 1, 3) if tokens_first or turned else out.transpose(1, 2)).flatten(2)
     out_norm = part(block, names.out_norm)
     if out_norm is not None:
         out = out_norm(out)
     if child(block, names.gate) is not None:
         out = out * _linear(block, layout, ops, names.gate, x).sigmoid()
-    return _linear(block, layout, ops, names.out, out)
+    out = _linear(block, layout, ops, names.out, out)
+    return out.transpose(0, 1) if turned else out
 
 
 def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:
@@ -183,7 +181,7 @@ def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) 
     names = layout.attention
     owner = child(block, names.owner)
     if layout.multihead:
-        return multihead.project(owner, ops, x, x, x)
+        return multihead.project(owner, ops, x, x, x, multihead.tokens_first(owner, call.present))
     heads = next(getattr(owner, name) for name in layouts.HEAD_COUNTS if hasattr(owner, name))
     if len(names.qkv) == 1:
         packed = _linear(block, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))

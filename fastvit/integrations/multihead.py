@@ -119,33 +119,33 @@ def _additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(mask, float("-inf"))
 
 
-def project(module: Any, ops: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    """Query, key and value (B, N, C) as (B, heads, N, D): one product where they are one tensor."""
+def tokens_first(module: Any, present: Tensor | None = None) -> bool:
+    """Whether what a module is given is (N, B, C); ``present``: what was a nested tensor is (B, N, C)."""
+    return not module.batch_first and present is None
+
+
+def project(module: Any, ops: Any, query: Tensor, key: Tensor, value: Tensor, tokens_first: bool) -> list[Tensor]:
+    """Query, key and value, (B, N, C) or (N, B, C), as (B, heads, N, D): one product where they are one tensor."""
     weight, bias, dim = module.in_proj_weight, module.in_proj_bias, module.embed_dim
+    order = (2, 1, 3, 0, 4) if tokens_first else (2, 0, 3, 1, 4)
+
+    def product(x: Tensor, first: int, last: int) -> list[Tensor]:
+        rows = slice(first * dim, last * dim)
+        parts = (weight, bias) if last - first == 3 else (weight[rows], None if bias is None else bias[rows])
+        packed = ops.linear(x, *parts)
+        return list(packed.unflatten(2, (last - first, module.num_heads, -1)).permute(order).unbind(0))
+
     if query is key and key is value:
-        packed = ops.linear(query, weight, bias)
-        return list(packed.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+        return product(query, 0, 3)
     if key is value:
-        split = ops.linear(query, weight[:dim], None if bias is None else bias[:dim])
-        packed = ops.linear(key, weight[dim:], None if bias is None else bias[dim:])
-        pair = packed.unflatten(2, (2, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return [split.unflatten(2, (module.num_heads, -1)).transpose(1, 2), *pair]
-    biases = (None, None, None) if bias is None else bias.chunk(3)
-    products = (ops.linear(x, w, b) for x, w, b in zip((query, key, value), weight.chunk(3), biases, strict=True))
-    return [product.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for product in products]
+        return [*product(query, 0, 1), *product(key, 1, 3)]
+    return [*product(query, 0, 1), *product(key, 1, 2), *product(value, 2, 3)]
 
 
 def compute(module: Any, ops: Any, call: MultiheadCall) -> tuple[Tensor, None]:
     """(output of the queries' shape, None) as the module's own forward without weights."""
-    query, key, value = call.query, call.key, call.value
-    if not module.batch_first:
-        same_key, same_value = key is query, value is key
-        query = query.transpose(0, 1)
-        key = query if same_key else key.transpose(0, 1)
-        value = key if same_value else value.transpose(0, 1)
-    heads = project(module, ops, query, key, value)
+    turned = tokens_first(module)
+    heads = project(module, ops, call.query, call.key, call.value, turned)
     out = ops.attention(*heads, call.attn_mask, is_causal=call.is_causal)
-    out = out.transpose(1, 2).flatten(2)
-    if not module.batch_first:  # own rows are (token, image) again before the projection, so that the result is contiguous
-        out = out.transpose(0, 1)
+    out = (out.permute(2, 0, 1, 3) if turned else out.transpose(1, 2)).flatten(2)
     return ops.linear(out, module.out_proj.weight, module.out_proj.bias), None
