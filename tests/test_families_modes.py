@@ -1,0 +1,299 @@
+"""The modes that models of each family are run in: training with dropout, autocast, other picture sizes, hooks, copies."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from benchmarks.families import FAMILIES, TINY, noise, output_of
+from fastvit.integrations import swap
+from tests.model_errors import OUTPUT, assert_equal_gradients, fused, gradients, relative, seeded, without_gradients
+
+# One of each mechanism: three linears, LayerScale, rotary as (cos, sin), causal and padded, packed qkv, q/k norms, rotary
+# as [sin, cos] with a gated MLP, a packed gated MLP, learned rotary, and MultiheadAttention pre-norm, post-norm and alone.
+MECHANISMS = [
+    "hf_vit",
+    "hf_dinov2",
+    "hf_dinov3",
+    "hf_clip_text",
+    "timm_vit",
+    "timm_qk_norm",
+    "timm_eva02",
+    "timm_eva02_packed",
+    "timm_rope_mixed",
+    "torchvision_vit",
+    "torch_post_norm",
+    "torch_cross_attention",
+]
+BLOCKS = {
+    "hf_vit": "layers",
+    "hf_dinov2": "encoder.layer",
+    "hf_dinov3": "model.layer",
+    "timm_vit": "blocks",
+    "timm_eva02": "blocks",
+    "torchvision_vit": "encoder.layers",
+    "torch_post_norm": "layers",
+}
+
+
+def build(key: str, batch: int = 2, **options):
+    return FAMILIES[key].build(TINY, **options), FAMILIES[key].inputs(TINY, batch)
+
+
+def count(key: str) -> int:
+    return 1 if key in ("torch_attention", "torch_cross_attention") else TINY.depth
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+
+def _no_weights_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.0
+
+
+DROPOUT = {
+    "hf_vit": {"hidden_dropout_prob": 0.2},
+    "hf_dinov2": {"hidden_dropout_prob": 0.2, "drop_path_rate": 0.4},
+    "hf_dinov3": {"drop_path_rate": 0.4},
+    "hf_dinov3_gated": {"drop_path_rate": 0.4},
+    "timm_layer_scale": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "timm_qk_norm": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "timm_eva": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "timm_eva02": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "timm_eva02_packed": {"proj_drop_rate": 0.2, "drop_path_rate": 0.4},
+    "torchvision_vit": {"dropout": 0.2},
+    "torch_pre_norm": {"dropout": 0.2},
+    "torch_post_norm": {"dropout": 0.2},
+    "torch_tokens_first": {"dropout": 0.2},
+}
+
+
+@pytest.mark.parametrize("key", DROPOUT)
+def test_dropout_and_drop_path_draw_as_before(key):
+    model, inputs = build(key, 3, **DROPOUT[key])
+    still = without_gradients(model, inputs)
+    _no_weights_dropout(model.train())
+    runs = []
+    for prepare in (fastvit.restore, fastvit.accelerate):
+        prepare(model)
+        with seeded():
+            runs.append((without_gradients(model, inputs), gradients(model, inputs)))
+    assert fused(model, TINY.depth)
+    assert relative(runs[1][0], runs[0][0]) <= OUTPUT
+    assert_equal_gradients(runs[1][1], runs[0][1])
+    assert relative(runs[0][0], still) > 100 * OUTPUT
+
+
+WEIGHTS_DROPOUT = {
+    "hf_vit": {"attention_probs_dropout_prob": 0.3},
+    "hf_dinov2": {"attention_probs_dropout_prob": 0.3},
+    "hf_dinov3": {"attention_dropout": 0.3},
+    "hf_siglip": {"attention_dropout": 0.3},
+    "hf_clip": {"attention_dropout": 0.3},
+    "hf_clip_text": {"attention_dropout": 0.3},
+    "timm_vit": {"attn_drop_rate": 0.3},
+    "timm_eva02": {"attn_drop_rate": 0.3},
+    "torchvision_vit": {"attention_dropout": 0.3},
+    "torch_pre_norm": {"dropout": 0.3},
+    "torch_attention": {"dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("key", WEIGHTS_DROPOUT)
+def test_dropout_of_attention_weights_makes_a_block_run_its_own_forward(key):
+    model, inputs = build(key, **WEIGHTS_DROPOUT[key])
+    with seeded():
+        expected = without_gradients(model.train(), inputs)
+    fastvit.accelerate(model)
+    with seeded():
+        assert torch.equal(without_gradients(model, inputs), expected)
+    reasons = fastvit.report(model).fallbacks
+    assert len([r for r in reasons.values() if r == "dropout of the attention weights is active"]) == count(key)
+    without_gradients(model.eval(), inputs)
+    assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+
+
+@pytest.mark.parametrize("key", ["hf_vit", "hf_dinov2", "hf_dinov3", "hf_siglip", "hf_clip_text", "timm_vit", "timm_eva02"])
+def test_checkpointing_recomputes_the_fused_blocks(key):
+    model, inputs = build(key)
+    with seeded():  # DINOv3 draws where its rotary positions are
+        expected = gradients(model.train(), inputs)
+    fastvit.accelerate(model)
+    if key.startswith("timm"):
+        model.set_grad_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    entered = []
+    block = next(module for module in model.modules() if swap.is_served(module))
+    block.register_forward_pre_hook(lambda module, args: entered.append(1))
+    with seeded():
+        assert_equal_gradients(gradients(model, inputs), expected)
+    assert len(entered) == 2
+    assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+
+
+@pytest.mark.parametrize("key", MECHANISMS)
+def test_frozen_parameters_get_no_gradient(key):
+    model, inputs = build(key)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" not in name and "ln" not in name and not name.endswith("bias"))
+    expected = gradients(model, inputs)
+    assert_equal_gradients(gradients(fastvit.accelerate(model), inputs), expected)
+    assert fused(model, count(key))
+
+
+# --- precision and layout -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_errs_as_much_as_the_original(key, training, monkeypatch):
+    """Against float32; at most twice the original's error, half an eps of bfloat16 on top.
+
+    Without torch's native fast path, which on a CPU does not know autocast: it refuses, or returns bfloat16 throughout.
+    """
+    monkeypatch.setattr(torch.backends.mha, "get_fastpath_enabled", lambda: False)
+    model, inputs = build(key)
+    exact = without_gradients(model, inputs)
+    outputs = []
+    for prepare in (fastvit.restore, fastvit.accelerate):
+        prepare(model)
+        with torch.set_grad_enabled(training), torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs.append(output_of(model(**inputs)).detach())
+    assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+    assert outputs[1].dtype == outputs[0].dtype
+    assert relative(outputs[1], exact) <= 2 * relative(outputs[0], exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
+def _pictures(key: str) -> bool:
+    return any(t.dim() == 4 for t in FAMILIES[key].inputs(TINY, 1).values() if torch.is_tensor(t))
+
+
+@pytest.mark.parametrize("key", [key for key in FAMILIES if _pictures(key)])
+def test_channels_last_pictures(key):
+    model, inputs = build(key)
+    expected = without_gradients(model, inputs)
+    inputs = {name: picture.to(memory_format=torch.channels_last) for name, picture in inputs.items()}
+    fastvit.accelerate(model.to(memory_format=torch.channels_last))
+    assert relative(without_gradients(model, inputs), expected) <= OUTPUT
+    assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+
+
+def _interpolated(key: str) -> tuple:
+    option = {"interpolate_pos_encoding": True}
+    if key in ("hf_vit", "hf_deit", "hf_siglip", "hf_clip"):
+        return FAMILIES[key].build(TINY), option
+    if key.startswith("timm"):
+        return FAMILIES[key].build(TINY, dynamic_img_size=True), {}
+    return FAMILIES[key].build(TINY), {}
+
+
+SIZED = ["hf_vit", "hf_deit", "hf_dinov2", "hf_dinov2_registers", "hf_dinov3", "hf_siglip", "hf_clip", "timm_vit"]
+SIZED += ["timm_registers", "timm_eva", "timm_eva02", "timm_dinov3", "timm_rope", "timm_rope_mixed"]
+
+
+@pytest.mark.parametrize("key", SIZED)
+def test_pictures_of_other_sizes_and_shapes(key):
+    """More tokens, fewer, and one alone: positions are interpolated or rotated by the model, the blocks see other lengths."""
+    model, options = _interpolated(key)
+    name = next(iter(FAMILIES[key].inputs(TINY, 1)))
+    for height, width in ((40, 16), (24, 56), (8, 8)):
+        inputs = {name: noise(2, 3, height, width), **options}
+        expected = without_gradients(fastvit.restore(model), inputs)
+        actual = without_gradients(fastvit.accelerate(model), inputs)
+        assert relative(actual, expected) <= OUTPUT
+        assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+
+
+# --- copies ---------------------------------------------------------------------------------------------------------------
+
+
+def _saved_whole(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved_whole])
+@pytest.mark.parametrize("key", FAMILIES)
+def test_copies_are_served_with_weights_of_their_own(key, copied):
+    model, inputs = build(key)
+    expected = without_gradients(fastvit.accelerate(model), inputs)
+    twin = copied(model)
+    assert type(twin) is type(model)
+    assert len(fastvit.report(twin).replaced) == len(fastvit.report(model).replaced)
+    assert torch.equal(without_gradients(twin, inputs), expected)
+    assert set(fastvit.report(twin).fallbacks) <= {"head.attention"}
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(without_gradients(model, inputs), expected)
+    changed = without_gradients(twin, inputs)
+    assert relative(changed, without_gradients(fastvit.restore(twin), inputs)) <= OUTPUT
+    assert relative(changed, expected) > 100 * OUTPUT
+
+
+@pytest.mark.parametrize("key", FAMILIES)
+def test_a_state_dict_goes_both_ways(key):
+    model, inputs = build(key)
+    other = FAMILIES[key].build(TINY)
+    expected = without_gradients(model, inputs)
+    assert relative(without_gradients(other, inputs), expected) > 100 * OUTPUT
+    fastvit.accelerate(other).load_state_dict(model.state_dict())
+    assert relative(without_gradients(other, inputs), expected) <= OUTPUT
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(without_gradients(model, inputs), expected)
+
+
+# --- hooks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", BLOCKS)
+def test_hooks_on_a_block_see_what_they_saw(key):
+    model, inputs = build(key)
+    seen: list[Tensor] = []
+
+    def look(module, args, kwargs, output):
+        for tensor in (args[0] if args else kwargs["hidden_states"], output):
+            seen.append(tensor.to_padded_tensor(0.0) if tensor.is_nested else tensor.clone())
+        return output * 1.5
+
+    model.get_submodule(BLOCKS[key])[1].register_forward_hook(look, with_kwargs=True)
+    expected = without_gradients(model, inputs)
+    without_gradients(fastvit.accelerate(model), inputs)
+    actual = without_gradients(model, inputs)
+    assert fused(model, TINY.depth)
+    assert relative(actual, expected) <= OUTPUT
+    assert len(seen) == 6
+    for ours, theirs in zip(seen[4:], seen[:2], strict=True):
+        assert relative(ours, theirs) <= OUTPUT
+
+
+@pytest.mark.parametrize("key", BLOCKS)
+def test_hooks_inside_a_block_run_and_their_changes_take_effect(key):
+    model, inputs = build(key)
+    linears = {name: m for name, m in model.get_submodule(BLOCKS[key])[1].named_modules() if type(m) is nn.Linear}
+    for path, linear in linears.items():
+        handle = linear.register_forward_hook(lambda module, args, output: output * 1.5)
+        expected = without_gradients(fastvit.restore(model), inputs)
+        actual = without_gradients(fastvit.accelerate(model), inputs)
+        assert fastvit.report(model).fallbacks == {f"{_name_of(model, BLOCKS[key], 1)}": f"{path} has forward hooks"}
+        assert relative(actual, expected) <= OUTPUT
+        handle.remove()
+    without_gradients(model, inputs)
+    assert fused(model, TINY.depth)
+
+
+def _name_of(model, blocks: str, number: int) -> str:
+    block = model.get_submodule(blocks)[number]
+    return next(name for name, module in model.named_modules() if module is block)
