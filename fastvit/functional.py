@@ -17,6 +17,7 @@ from . import _checks
 from .backend import resolve
 from .ops import attention as _attention_op
 from .ops import glu as _glu_op
+from .ops import image_attention as _image_attention_op
 from .ops import layer_norm as _layer_norm_op
 from .ops import linear as _linear_op
 from .ops import rotary as _rotary_op
@@ -108,7 +109,8 @@ def image_attention(
     if rel_pos_h is not None and rel_pos_w is not None:
         rel_pos_h = torch_image_attention.resized_table(rel_pos_h, window[0])
         rel_pos_w = torch_image_attention.resized_table(rel_pos_w, window[1])
-    return torch_image_attention.image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window, pad_qkv, scale)
+    serving = _image_attention_op if resolve(qkv) == "triton" else torch_image_attention
+    return serving.image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window, pad_qkv, scale)
 
 
 def layer_norm(

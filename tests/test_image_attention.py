@@ -25,9 +25,14 @@ def _arguments(device, dtype=torch.float32, grid=(5, 6), window=0, heads=1, dim=
     return tokens | {"num_heads": heads, "window_size": window}
 
 
-def _check(arguments, **options):
+def _check(arguments, magnitude=1.0, **options):
     ops = functional.image_attention, reference.image_attention, reference.image_attention
-    return assert_as_exact_as_eager(*ops, arguments | options)
+    return assert_as_exact_as_eager(*ops, arguments | options, magnitude=magnitude)
+
+
+# Where an axis has one key, or a table one row, all keys get the same bias, which softmax ignores: the table's gradient is
+# nothing but the rounding of the products dout·v (16 terms of size one) that it is the difference of.
+IGNORED_BIAS = 16**0.5
 
 
 # --- windows and grids ----------------------------------------------------------------------------------------------------
@@ -55,7 +60,7 @@ def test_head_dims(backend, device, dim, window):
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1)], ids=str)
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_a_single_row_or_column(backend, device, grid, window):
-    _check(_arguments(device, grid=grid, window=window))
+    _check(_arguments(device, grid=grid, window=window), magnitude=IGNORED_BIAS)
 
 
 @pytest.mark.parametrize("grid", [(2, 33), (33, 2), (3, 65), (17, 19)], ids=str)
@@ -120,10 +125,14 @@ def test_padding_that_no_window_needs_has_a_gradient_of_zeros(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("lengths", [(5, 27), (13, 3), (1, 9)], ids=str)
+@pytest.mark.parametrize("lengths", [(5, 27), (13, 3)], ids=str)
 @pytest.mark.parametrize("window", [0, 4])
 def test_tables_of_another_length(backend, device, dtype, lengths, window):
     _check(_arguments(device, dtype, grid=(5, 6), window=window, lengths=lengths))
+
+
+def test_a_table_of_one_row(backend, device):
+    _check(_arguments(device, grid=(5, 3), lengths=(1, 9)), magnitude=IGNORED_BIAS)
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,174 @@
+"""Image attention on the Triton kernels: raw operators, shape functions and the autograd Function.
+
+qkv is read where it lies, any strides but the last, and its gradient is written in one packed tensor. Backward keeps qkv,
+the output, one float32 a row (lse) and the relative positions of each query (h + w numbers), never a score.
+"""
+
+import torch
+from torch import Tensor
+
+from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
+
+
+def image_attention_forward(
+    qkv: Tensor,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window: list[int],
+    scale: float,
+):
+    """Returns (out, lse, rel_h, rel_w), the last two empty without tables; ``window`` (h, w), tables (2h − 1, D), (2w − 1, D)."""
+    from ..kernels import image_attention_forward as attention_kernel
+    from ..kernels import image_attention_positions as positions_kernel
+
+    out, lse, rel_h, rel_w = _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
+    qkv, pad, size = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1])
+    rel: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
+    if rel_pos_h is not None and rel_pos_w is not None:
+        rel = rel_h, rel_w
+        positions_kernel.launch_positions(qkv, (rel_pos_h.contiguous(), rel_pos_w.contiguous()), num_heads, size, *rel)
+    attention_kernel.launch_image_attention_forward(qkv, pad, *rel, num_heads, size, scale, out, lse)
+    return out, lse, rel_h, rel_w
+
+
+def image_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    pad_qkv: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    rel_h: Tensor,
+    rel_w: Tensor,
+    num_heads: int,
+    window: list[int],
+    scale: float,
+    wants_tables: bool,
+    wants_pad: bool,
+):
+    """Returns (dqkv, drel_pos_h, drel_pos_w, dpad_qkv), all but the first empty where not wanted."""
+    from ..kernels import image_attention_backward_key as key_kernel
+    from ..kernels import image_attention_backward_query as query_kernel
+    from ..kernels import image_attention_positions as positions_kernel
+    from ..kernels.attention_backward_query import launch_delta
+
+    batch, height, width, channels = qkv.shape
+    tables = None if rel_pos_h is None or rel_pos_w is None else (rel_pos_h.contiguous(), rel_pos_w.contiguous())
+    likes = (rel_pos_h if wants_tables else None, rel_pos_w if wants_tables else None, pad_qkv if wants_pad else None)
+    dqkv = qkv.new_empty(qkv.shape)
+    if batch == 0:
+        return dqkv, *(qkv.new_empty(0) if like is None else like.new_zeros(like.shape) for like in likes)
+    dtable_h, dtable_w, dpad = (qkv.new_empty(0) for _ in range(3))  # outputs of an operator may not share memory
+    qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
+    delta = torch.empty_like(lse)
+    launch_delta(_by_head(out, num_heads), _by_head(dout, num_heads), delta)
+    inputs = (qkv, pad, *((None, None) if tables is None else (rel_h, rel_w)), num_heads, size, scale, dout, lse, delta, dqkv)
+    if tables is None:
+        query_kernel.launch_image_attention_backward_query(*inputs, None, None)
+    else:
+        passes = query_kernel.passes_of(qkv, num_heads, size)
+        parts = rel_h.new_empty(passes, *rel_h.shape, dtype=rel_h.dtype if passes == 1 else torch.float32)
+        drel_w = rel_w.new_empty(rel_w.shape)
+        query_kernel.launch_image_attention_backward_query(*inputs, parts, drel_w)
+        drel_h = parts[0] if passes == 1 else parts.sum(0).to(rel_h.dtype)
+        positions_kernel.launch_positions_backward(qkv, tables, num_heads, size, drel_h, drel_w, dqkv)
+        if wants_tables:
+            query = qkv.unflatten(3, (3, num_heads, -1))[:, :, :, 0]
+            drel_h, drel_w = (drel.unflatten(2, (height, width)) for drel in (drel_h, drel_w))
+            dtable_h = _table_gradient(torch.einsum("bnyxk,byxnd->ykd", drel_h, query), size[0])
+            dtable_w = _table_gradient(torch.einsum("bnyxk,byxnd->xkd", drel_w, query), size[1])
+    sums = None
+    if wants_pad:
+        sums = qkv.new_empty(key_kernel.pad_parts(qkv, num_heads, size), 2 * channels // 3, dtype=torch.float32)
+    key_kernel.launch_image_attention_backward_key(*inputs, sums)
+    if sums is not None:
+        dpad = torch.cat([sums.new_zeros(channels // 3), sums.sum(0)]).to(qkv.dtype)
+    return dqkv, dtable_h, dtable_w, dpad
+
+
+def _by_head(tokens: Tensor, num_heads: int) -> Tensor:
+    """(B, Hi, Wi, H·D) → (B, H, Hi·Wi, D), a view."""
+    return tokens.flatten(1, 2).unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def _table_gradient(lines: Tensor, size: int) -> Tensor:
+    """lines[p, k] (lines of the image, size, D), the gradient of table[p % size − k + size − 1], gathered by table rows.
+
+    A gather and a sum instead of a scatter, whose order would not be the same twice.
+    """
+    position = torch.arange(lines.shape[0], device=lines.device)
+    key = (position % size)[:, None] + size - 1 - torch.arange(2 * size - 1, device=lines.device)[None, :]
+    there = (key >= 0) & (key < size)
+    gathered = lines[position[:, None], key.clamp(0, size - 1)]
+    return gathered.masked_fill(~there[:, :, None], 0).sum(0)
+
+
+def _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
+    batch, height, width, channels = qkv.shape
+    tokens = height * width
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
+    if rel_pos_h is None:
+        return out, lse, qkv.new_empty(0), qkv.new_empty(0)
+    return out, lse, *(qkv.new_empty(batch, num_heads, tokens, size) for size in window)
+
+
+def _fake_backward(
+    grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, out, lse, rel_h, rel_w, num_heads, window, scale, wants_tables, wants_pad
+):
+    likes = (rel_pos_h if wants_tables else None, rel_pos_w if wants_tables else None, pad_qkv if wants_pad else None)
+    return qkv.new_empty(qkv.shape), *(qkv.new_empty(0 if like is None else like.shape) for like in likes)
+
+
+define(
+    "image_attention_forward(Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, SymInt num_heads,"
+    " SymInt[] window, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    image_attention_forward,
+    _fake_forward,
+)
+define(
+    "image_attention_backward(Tensor grad, Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, Tensor out,"
+    " Tensor lse, Tensor rel_h, Tensor rel_w, SymInt num_heads, SymInt[] window, float scale, bool wants_tables,"
+    " bool wants_pad) -> (Tensor, Tensor, Tensor, Tensor)",
+    image_attention_backward,
+    _fake_backward,
+)
+
+
+class ImageAttention(Operator):
+    """(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale) → (out, lse, rel_h, rel_w); out alone carries a gradient."""
+
+    @staticmethod
+    def forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
+        return torch.ops.fastvit.image_attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.num_heads, ctx.window, ctx.scale = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx, grad, *_others):
+        wants = ctx.needs_input_grad
+        options = (ctx.num_heads, ctx.window, ctx.scale, wants[1] or wants[2], wants[3])
+        grads = run_backward(torch.ops.fastvit.image_attention_backward, grad, *ctx.saved_tensors, *options)
+        return *(g if want else None for g, want in zip(grads, wants[:4], strict=True)), None, None, None
+
+
+def image_attention(
+    qkv: Tensor,
+    num_heads: int,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    window: tuple[int, int],
+    pad_qkv: Tensor | None,
+    scale: float,
+) -> Tensor:
+    tensors = qkv, rel_pos_h, rel_pos_w, pad_qkv
+    if wants_grad(*tensors):
+        return apply(ImageAttention, *distinct(*tensors), num_heads, list(window), scale)[0]
+    return torch.ops.fastvit.image_attention_forward(*tensors, num_heads, list(window), scale)[0]

@@ -1,0 +1,181 @@
+"""Image attention, forward: softmax(scale·QKᵀ + rel_h + rel_w)·V in windows of the image, in one pass over a window's keys.
+
+    s[n, m] = scale·q_n·k_m + rel_h[n, row of m] + rel_w[n, column of m]       out_n = Σ_m softmax(s)[n, m]·v_m
+
+Shapes: qkv [B, Hi, Wi, 3·H·D] of any strides with the last one 1, pad [3·H·D] (what every padded key and value is; None for
+zeros), rel_h [B, H, Hi·Wi, h] and rel_w [B, H, Hi·Wi, w] or None, out [B, Hi, Wi, H·D] and lse [B, H, Hi·Wi] float32, all
+contiguous. lse, m + log2(l), is saved for backward. Windows (h, w) of any size, the whole image among them; head dims
+1 … 256 in two pieces.
+Online softmax after Dao 2023, FlashAttention-2, algorithm 1; the attention is that of Kirillov et al. 2023, Segment
+Anything, appendix A. Reference: ``fastvit.reference.image_attention``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch
+from .image_attention import (
+    key_rows_at,
+    key_tile,
+    load_rows,
+    queries_of,
+    relative_tile,
+    row_for,
+    store_rows,
+    window_arguments,
+    window_corner,
+    windows_of,
+)
+
+
+@triton.jit
+def _image_attention_forward(
+    qkv_ptr,  # [B, Hi, Wi, 3, H, D]
+    pad_ptr,  # [3, H, D] or None
+    rel_h_ptr,  # [B, H, Hi·Wi, h] or None
+    rel_w_ptr,  # [B, H, Hi·Wi, w] or None
+    out_ptr,  # [B, Hi, Wi, H, D]
+    lse_ptr,  # [B, H, Hi·Wi]
+    heads,
+    height,
+    width,
+    window_h,
+    window_w,
+    windows,
+    windows_across,
+    tiles,
+    stride_batch,
+    stride_y,
+    stride_x,
+    scale,
+    HAS_REL: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_PAD: tl.constexpr,
+    EVEN: tl.constexpr,
+    PASSES: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_COLUMNS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    KEY_ROWS: tl.constexpr = BLOCK_N // KEY_COLUMNS
+    program = tl.program_id(0)
+    first = (program % tiles) * BLOCK_M
+    head = ((program // tiles) % heads).to(tl.int64)
+    window = (program // tiles // heads) % windows
+    batch = (program // tiles // heads // windows).to(tl.int64)
+    top, left, rows, columns = window_corner(window, windows_across, window_h, window_w, height, width)
+    if first >= rows * columns:
+        return
+    place = first + tl.arange(0, BLOCK_M)
+    inside = place < rows * columns
+    y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
+    token = y * width + x
+    channels = heads.to(tl.int64) * DIM
+    qkv_ptr += batch * stride_batch + head * DIM
+    if HAS_PAD:
+        pad_ptr += head * DIM
+    query_rows = qkv_ptr + y * stride_y + x * stride_x
+    q = load_rows(query_rows, inside, 0, MAIN, DIM, True)
+    q_tail = q
+    if TAIL > 0:
+        q_tail = load_rows(query_rows, inside, MAIN, TAIL, DIM, True)
+    acc = tl.zeros([BLOCK_M, MAIN], dtype=tl.float32)
+    acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    tokens = height.to(tl.int64) * width
+    index = (batch * heads + head) * tokens + token
+    rel_h_rows, rel_w_rows = rel_h_ptr, rel_w_ptr
+    if HAS_REL:
+        rel_h_rows, rel_w_rows = rel_h_ptr + index * window_h, rel_w_ptr + index * window_w
+
+    # One pass wherever a row of keys fits a tile: rel_w is then loaded once, and the compiler sees a single loop.
+    for across in range(0, PASSES):
+        key_column = across * KEY_COLUMNS
+        if HAS_REL:
+            rel_w = relative_tile(rel_w_rows, key_column, window_w, inside, KEY_COLUMNS)
+        for key_row in range(0, window_h, KEY_ROWS):
+            offset, exists, real = key_tile(
+                key_row, key_column, top, left, window_h, window_w, height, width, stride_y, stride_x, BLOCK_N, KEY_COLUMNS
+            )
+            pad_k_ptr, pad_v_ptr = pad_ptr, pad_ptr
+            if HAS_PAD:
+                pad_k_ptr, pad_v_ptr = pad_ptr + channels, pad_ptr + 2 * channels
+            k_rows, mask = key_rows_at(qkv_ptr + channels, pad_k_ptr, offset, exists, real, PADDED, HAS_PAD)
+            v_rows, mask = key_rows_at(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, PADDED, HAS_PAD)
+            MASKED: tl.constexpr = (not EVEN) or (PADDED and not HAS_PAD)
+            k = load_rows(k_rows, mask, 0, MAIN, DIM, MASKED)
+            scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
+            if TAIL > 0:
+                k_tail = load_rows(k_rows, mask, MAIN, TAIL, DIM, MASKED)
+                scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
+            scores *= scale * 1.4426950408889634
+            if HAS_REL:
+                if KEY_ROWS == 1:
+                    rel_h = tl.load(rel_h_rows + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+                    scores += rel_w + rel_h[:, None]
+                else:
+                    rel_h = relative_tile(rel_h_rows, key_row, window_h, inside, KEY_ROWS)
+                    scores += (rel_h[:, :, None] + rel_w[:, None, :]).reshape(BLOCK_M, BLOCK_N)
+            if not EVEN:
+                scores = tl.where(exists[None, :], scores, float("-inf"))
+            # A tile begins with a key that exists, so the running maximum is finite from the first one on.
+            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_peak[:, None])
+            shrink = tl.exp2(peak - new_peak)
+            peak = new_peak
+            total = total * shrink + tl.sum(weights, axis=1)
+            v = load_rows(v_rows, mask, 0, MAIN, DIM, MASKED)
+            rounded = weights.to(v.dtype)
+            acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
+            if TAIL > 0:
+                v_tail = load_rows(v_rows, mask, MAIN, TAIL, DIM, MASKED)
+                acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
+
+    tl.store(lse_ptr + index, peak + tl.log2(total), mask=inside)
+    inverse = (1.0 / total)[:, None]
+    out_rows = out_ptr + (batch * tokens + token) * channels + head * DIM
+    store_rows(out_rows, acc * inverse, inside, 0, MAIN, DIM)
+    if TAIL > 0:
+        store_rows(out_rows, acc_tail * inverse, inside, MAIN, TAIL, DIM)
+
+
+def launch_image_attention_forward(
+    qkv: torch.Tensor,
+    pad: torch.Tensor | None,
+    rel_h: torch.Tensor | None,
+    rel_w: torch.Tensor | None,
+    heads: int,
+    window: tuple[int, int],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Fills out and lse."""
+    row = row_for("image_attention_forward", qkv, heads, window)
+    down, across = windows_of(qkv, window)
+    tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
+    launch(
+        "image_attention_forward",
+        _image_attention_forward,
+        (qkv.shape[0] * down * across * heads * tiles,),
+        qkv,
+        row,
+        rel_h_ptr=rel_h,
+        rel_w_ptr=rel_w,
+        out_ptr=out,
+        lse_ptr=lse,
+        windows=down * across,
+        windows_across=across,
+        tiles=tiles,
+        scale=scale,
+        HAS_REL=rel_h is not None,
+        PASSES=triton.cdiv(window[1], row["KEY_COLUMNS"]),
+        EVEN=window[1] % row["KEY_COLUMNS"] == 0 and window[0] % (row["BLOCK_N"] // row["KEY_COLUMNS"]) == 0,
+        **window_arguments(qkv, heads, window, pad),
+    )
