@@ -76,6 +76,18 @@ def _glu(activation="silu", dtype=torch.float32):
     return *_t(2, 5, 16, dtype=dtype).chunk(2, dim=-1), activation
 
 
+def _image_attention_forward(window=4, tables=True, pad=True, dtype=torch.float32):
+    size = [window, window] if window else [3, 5]
+    rel_pos_h, rel_pos_w = (_t(2 * s - 1, 16, dtype=dtype) if tables else None for s in size)
+    return _t(2, 3, 5, 96, dtype=dtype), rel_pos_h, rel_pos_w, _t(96, dtype=dtype) if pad else None, 2, size, 0.25
+
+
+def _image_attention_backward(wants_tables=True, wants_pad=True, **options):
+    arguments = _image_attention_forward(**options)
+    out, *saved = torch.ops.fastvit.image_attention_forward(*arguments)
+    return (torch.randn_like(out), *arguments[:4], out, *saved, *arguments[4:], wants_tables, wants_pad)
+
+
 SAMPLES = {
     "attention_forward": {
         "plain": _attention_forward,
@@ -88,6 +100,15 @@ SAMPLES = {
         "rel": lambda: _attention_backward(rel=True),
         "additive mask, its gradient wanted": lambda: _attention_backward(mask=_t(1, 2, 1, 6), wants_mask=True),
         "additive mask, its gradient not wanted": lambda: _attention_backward(mask=_t(1, 2, 1, 6)),
+    },
+    "image_attention_forward": {
+        "windows": _image_attention_forward,
+        "the whole image, bare, bfloat16": lambda: _image_attention_forward(0, False, False, torch.bfloat16),
+    },
+    "image_attention_backward": {
+        "windows": _image_attention_backward,
+        "dqkv only": lambda: _image_attention_backward(False, False),
+        "the whole image, bare": lambda: _image_attention_backward(False, False, window=0, tables=False, pad=False),
     },
     "layer_norm_forward": {
         "token": lambda: (_t(2, 5, 8), _t(8), _t(8), 1e-6, "token"),
