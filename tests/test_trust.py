@@ -259,14 +259,18 @@ def test_multi_head_attention_is_traced_with_its_tuple(monkeypatch):
     assert fastvit.verify(model, tokens()).first_out_of_line == "attn"
 
 
-@pytest.mark.parametrize("hooks", ["held", "removed"])
+@pytest.mark.parametrize("hooks", ["held before", "held after", "removed"])
 def test_blocks_that_accelerates_hooks_held_are_traced_and_counted(monkeypatch, hooks):
     library = pytest.importorskip("accelerate.hooks")
-    model = fastvit.accelerate(timm_vit())
+    model = timm_vit()
+    if hooks != "held before":
+        fastvit.accelerate(model)
     for block in model.blocks:
         library.add_hook_to_module(block, library.ModelHook())
         if hooks == "removed":
             library.remove_hook_from_module(block)
+    if hooks == "held before":
+        fastvit.accelerate(model)
     assert fastvit.report(model, image()).flops == {f"blocks.{i}": block_flops(2) for i in range(DEPTH)}
     before = contents(model)
     tamper(monkeypatch, model.blocks[1])
