@@ -1,6 +1,8 @@
 """``fastvit accelerate``, ``verify`` and ``classify`` on small saved models and a real photograph."""
 
 import json
+import pickle
+import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -358,6 +360,25 @@ def test_damaged_weights_end_in_one_line(fastvit_command, tmp_path):
         code, _, error = fastvit_command(*arguments, tmp_path / "vit")
         assert code == 1
         assert_one_line(error, "its weights are damaged")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["of objects", "of another model"])
+def test_libraries_say_nothing_beside_the_one_line(kind, tmp_path):
+    """In a process of its own, where no test harness takes warnings and logs out of stderr."""
+    folder = tmp_path / "vit"
+    save_vit(folder)
+    if kind == "of objects":
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"extra": Path()}))
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 80}))
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-m", "fastvit", "verify", str(folder)]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert_one_line(ended.stderr, "refused" if kind == "of objects" else "do not have the shapes of its config")
 
 
 def test_an_overlay_that_cannot_be_written(vit, fastvit_command, tmp_path):

@@ -14,6 +14,7 @@ pytest.importorskip("timm")
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
 
+import huggingface_hub
 import timm
 import transformers
 from PIL import Image
@@ -360,6 +361,33 @@ def test_a_name_of_nothing(name, says, tmp_path, monkeypatch, attempts):
 def test_no_network_is_one_line(name, attempts):
     assert "the Hub cannot be reached" in refusal(name)
     assert attempts
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("GatedRepoError", "accept it on huggingface.co"),
+        ("RepositoryNotFoundError", "no such repository"),
+        ("HfHubHTTPError", "cannot be fetched from the Hugging Face Hub"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line(name, says, monkeypatch):
+    kind = getattr(huggingface_hub.errors, name)
+    error = kind.__new__(kind)  # their constructors want the answer itself, whose library differs between versions
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    message = refusal("owner/model")
+    assert says in message
+    assert "owner/model" in message
+
+
+def test_a_repository_without_weights(saved, monkeypatch, tmp_path):
+    shutil.copy(saved["vit"][0] / "config.json", tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path))
+    assert "no weights of a known kind (model.safetensors, pytorch_model.bin)" in refusal("owner/model")
 
 
 def test_a_checkpoint_file_is_refused_with_what_can_be_loaded(tmp_path):

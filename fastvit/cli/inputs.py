@@ -1,6 +1,8 @@
 """From a name and a picture on the command line to a model and what it is called with."""
 
 import inspect
+import logging
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,13 +38,16 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, weights: boo
 
 
 def _mute() -> None:
+    for name in ("timm", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="Detected pickle protocol")  # the refusal that follows says enough
     ensure_importable()
     try:
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
     except ImportError:
         return
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 @dataclass
