@@ -23,6 +23,7 @@ TEST = [
     "pytest-xdist>=3.5",
     "ml_dtypes>=0.4",
     "accelerate>=1.0",  # its hooks hold a module's forward
+    "segment-anything==1.0",  # what SAM is held to
     "peft>=0.13",  # its LoRA layers stand where linears were
     "kernels>=0.10",
     "onnxruntime>=1.18",
