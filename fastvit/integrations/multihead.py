@@ -144,8 +144,10 @@ def project(module: Any, ops: Any, query: Tensor, key: Tensor, value: Tensor, to
 
 def compute(module: Any, ops: Any, call: MultiheadCall) -> tuple[Tensor, None]:
     """(output of the queries' shape, None) as the module's own forward without weights."""
-    turned = tokens_first(module)
-    heads = project(module, ops, call.query, call.key, call.value, turned)
+    given = tokens_first(module)
+    heads = project(module, ops, call.query, call.key, call.value, given)
     out = ops.attention(*heads, call.attn_mask, is_causal=call.is_causal)
+    turned = given or module.training  # the module's own result lies in memory tokens first: dropout after it draws in that order
     out = (out.permute(2, 0, 1, 3) if turned else out.transpose(1, 2)).flatten(2)
-    return ops.linear(out, module.out_proj.weight, module.out_proj.bias), None
+    out = ops.linear(out, module.out_proj.weight, module.out_proj.bias)
+    return (out.transpose(0, 1) if turned and not given else out), None

@@ -257,8 +257,9 @@ def _find_mlp(block: nn.Module, own: dict[str, str]) -> tuple[layouts.Mlp | None
     activation = activation_of(block, mlp, bool(gating))
     reason = _first((_why_not_dropout(block, path) for path in (mlp.hidden_drop, *mlp.drop)), bool)
     if activation is None:
-        found = child(block, mlp.activation)
-        reason = f"{mlp.activation} is a {_name(found)}, an activation without a fused form"
+        found: Any = child(block, mlp.activation) or getattr(block, mlp.activation or "", None)
+        kind = _name(found) if isinstance(found, nn.Module) else getattr(found, "__name__", _name(found))
+        reason = f"{mlp.activation} is a {kind}, an activation without a fused form"
     if reason is not None:
         own[layouts.OPAQUE_MLP] = f"is called as it is ({reason})"
         return None, reason, None
@@ -279,7 +280,7 @@ def activation_of(block: nn.Module, mlp: layouts.Mlp, gated: bool) -> str | None
     module = child(block, mlp.activation)
     if module is None:
         function: Any = getattr(block, mlp.activation, None)
-        return {F.relu: "relu", F.gelu: "gelu"}.get(function)
+        return {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}.get(function)
     if _package(module) not in layouts.ACTIVATION_PACKAGES:
         return None
     if type(module) is nn.GELU:
