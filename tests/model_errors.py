@@ -1,4 +1,4 @@
-"""How far an accelerated model is from the model it was: outputs and gradients, relative to their largest values."""
+"""Tiny models of every family, and how far an accelerated one is from what it was, relative to the largest values."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,13 +8,39 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from benchmarks.families import output_of
+from benchmarks.families import FAMILIES, TINY, output_of
 
 OUTPUT = 2e-5  # float32: sums in another order, through some layers
 GRADIENT = 5e-4
 # A gradient that is zero but for rounding (a key's bias moves all scores of a query by the same, and softmax does not see
 # it) has no size of its own to be relative to: below this share of the model's largest gradient, that is the measure.
 VANISHING = 1e-3
+
+# One of each mechanism: three linears, LayerScale, rotary as (cos, sin), causal and padded, packed qkv, q/k norms, rotary
+# as [sin, cos] with a gated MLP, a packed gated MLP, learned rotary, and MultiheadAttention pre-norm, post-norm and alone.
+MECHANISMS = [
+    "hf_vit",
+    "hf_dinov2",
+    "hf_dinov3",
+    "hf_clip_text",
+    "timm_vit",
+    "timm_qk_norm",
+    "timm_eva02",
+    "timm_eva02_packed",
+    "timm_rope_mixed",
+    "torchvision_vit",
+    "torch_post_norm",
+    "torch_cross_attention",
+]
+
+
+def build(key: str, batch: int = 2, **options):
+    return FAMILIES[key].build(TINY, **options), FAMILIES[key].inputs(TINY, batch)
+
+
+def count(key: str) -> int:
+    """How many blocks a family's tiny model has."""
+    return 1 if key in ("torch_attention", "torch_cross_attention") else TINY.depth
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
@@ -66,3 +92,14 @@ def seeded(seed: int = 0) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def no_native_fast_path() -> Iterator[None]:
+    """PyTorch's own modules by their Python forwards: their native one has arithmetic and errors of its own."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
