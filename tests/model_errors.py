@@ -58,7 +58,7 @@ def gradients(model: nn.Module, inputs: dict[str, Any], forward: Callable | None
     """Gradients of a fixed random projection of the output, of every parameter and floating input that has one, by name."""
     model.zero_grad(set_to_none=True)
     leaves = {name: t.clone().requires_grad_() for name, t in inputs.items() if torch.is_tensor(t) and t.is_floating_point()}
-    out = output_of((forward or model)(**{**inputs, **leaves}))
+    out = output_of((model if forward is None else forward)(**{**inputs, **leaves}))
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out)
     (out * upstream).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters()}
