@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 
 from fastvit.ops import attention as attention_op
 from fastvit.ops import glu as glu_op
+from fastvit.ops import image_attention as image_attention_op
 from fastvit.ops import layer_norm as layer_norm_op
 from fastvit.ops import linear as linear_op
 from fastvit.ops import rotary as rotary_op
@@ -89,6 +90,15 @@ def _attention(
     if backward:
         wants_mask = extra == "additive mask"
         attention_op.attention_backward(out, *arguments, out, lse, causal, dim**-0.5, wants_mask)
+
+
+def _image_attention(dim: int, dtype: torch.dtype = HALF, window: int = 0, grid: int = 64, bare: bool = False) -> None:
+    """A square image's qkv, trained with all gradients; ``bare``: no tables, padding of zeros."""
+    size = [window or grid] * 2
+    qkv, out_of = _meta(1, grid, grid, 3 * 12 * dim, dtype=dtype), (12, size, dim**-0.5)
+    table, pad = (None, None) if bare else (_meta(2 * size[0] - 1, dim, dtype=dtype), _meta(3 * 12 * dim, dtype=dtype))
+    out, *saved = image_attention_op.image_attention_forward(qkv, table, table, pad, *out_of)
+    image_attention_op.image_attention_backward(out, qkv, table, table, pad, out, *saved, *out_of, not bare, not bare)
 
 
 def _layer_norm(channels: int, dtype: torch.dtype = HALF, statistics: str = "token") -> None:
@@ -166,6 +176,16 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for dtype, name in ((SINGLE, "fp32"), (HALF, "bf16")):
         for dim in _bounds(target, "head_dim", ("attention_backward_mask",), 256):
             yield f"attention {name} D={dim} additive mask", partial(_attention, dim, dtype, extra="additive mask")
+
+    image_ops = [rows for op, rows in table(target)["ops"].items() if op.startswith("image_attention")]
+    whens = [row["when"] for rows in image_ops for row in rows]
+    corners = {(when.get("element_size", 4), when.get("head_dim", 256), when.get("keys", 4096)) for when in whens}
+    for element_size, dim, keys in sorted(corners | {(2, dim, keys) for dim in (64, 80) for keys in (196, 4096)}):
+        name, dtype, window = "bf16" if element_size == 2 else "fp32", HALF if element_size == 2 else SINGLE, math.isqrt(keys)
+        run = partial(_image_attention, dim, dtype, 0 if window == 64 else window)
+        yield f"image attention {name} D={dim}, {window}×{window} of 64×64 tokens", run
+    yield "image attention bf16 D=64 bare, 14×14 of 64×64 tokens", partial(_image_attention, 64, window=14, bare=True)
+    yield "image attention bf16 D=64, 100×100 tokens", partial(_image_attention, 64, grid=100)
 
     layer_norm_ops = ("layer_norm_forward", "layer_norm_backward")
     for channels in _bounds(target, "channels", layer_norm_ops, 16384):
@@ -358,6 +378,11 @@ _MATRIX_OPS = (
     "attention_backward_query",
     "attention_backward_key",
     "attention_backward_mask",
+    "image_attention_forward",
+    "image_attention_backward_query",
+    "image_attention_backward_key",
+    "image_attention_positions",
+    "image_attention_positions_backward",
 )
 
 

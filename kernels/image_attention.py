@@ -3,8 +3,8 @@
 A window is never cut out: query r of window (wy, wx) lies at (wy·h + r // columns, wx·w + r % columns), rows and columns
 counting only what the image has of it, so that padded queries do not exist. Keys come in tiles of KEY_ROWS × KEY_COLUMNS,
 a whole row of a narrow window in each of several rows of a tile, so that relative positions are two thin tiles, added where
-the scores are. A key beyond the image is read from the one vector that all padded keys equal, by choosing the address. The
-whole image is one window.
+the scores are. A key beyond the image is the one vector that all padded keys equal: its address is chosen, so that the tile
+is loaded like any other. The whole image is one window.
 """
 
 import torch
@@ -75,14 +75,30 @@ def store_rows(rows, tile, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: 
 
 
 @triton.jit
-def key_rows_at(ptr, pad_ptr, offset, exists, real, PADDED: tl.constexpr, HAS_PAD: tl.constexpr):
-    """(addresses, mask) of a tile's keys or values, ``ptr`` and ``pad_ptr`` advanced to their channels."""
-    if PADDED and HAS_PAD:
-        return tl.where(real, ptr + offset, pad_ptr), exists
-    elif PADDED:
-        return ptr + offset, real
+def load_keys(
+    ptr,  # keys or values of this head, at token 0 of the image
+    pad_ptr,  # what every padded one is, or None
+    offset,
+    exists,
+    real,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
+    PAD: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """A tile of ``key_tile``'s keys or values, zeros where the window has none; PAD is one of ``pad_kind``."""
+    if PAD == "address":
+        return load_rows(tl.where(real, ptr + offset, pad_ptr), exists, FIRST, WIDTH, DIM, not EVEN)
+    elif PAD == "value":
+        column = FIRST + tl.arange(0, WIDTH)
+        pad = tl.load(pad_ptr + column, mask=column < DIM, other=0.0)
+        pad = tl.where(exists[:, None], pad[None, :], 0.0).to(pad.dtype)
+        return tl.where(real[:, None], load_rows(ptr + offset, real, FIRST, WIDTH, DIM, True), pad)
+    elif PAD == "zeros":
+        return load_rows(ptr + offset, real, FIRST, WIDTH, DIM, True)
     else:
-        return ptr + offset, exists
+        return load_rows(ptr + offset, exists, FIRST, WIDTH, DIM, not EVEN)
 
 
 @triton.jit
@@ -93,14 +109,27 @@ def relative_tile(rel_rows, first, size, inside, COUNT: tl.constexpr):
     return tl.load(rel_rows[:, None] + position[None, :], mask=present, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
+def pad_kind(qkv: torch.Tensor, window: tuple[int, int], pad: torch.Tensor | None) -> str:
+    """How padded keys are read: "none" (there are none), "zeros", by "address", or by "value" after the load.
+
+    Triton's AMD compiler takes no choice between two pointers; elsewhere it leaves the loads asynchronous.
+    """
+    if qkv.shape[1] % window[0] == 0 and qkv.shape[2] % window[1] == 0:
+        return "none"
+    if pad is None:
+        return "zeros"
+    return "value" if target_of(qkv).startswith("gfx") else "address"
+
+
 def window_arguments(qkv: torch.Tensor, heads: int, window: tuple[int, int], pad: torch.Tensor | None) -> dict:
     """The arguments that every image attention kernel takes alike; the last stride of qkv is 1, pad is contiguous."""
     _, height, width, channels = qkv.shape
     dim = channels // (3 * heads)
     main, tail = split_head_dim(dim)
+    kind = pad_kind(qkv, window, pad)
     return {
         "qkv_ptr": qkv,
-        "pad_ptr": pad,
+        "pad_ptr": pad if kind in ("address", "value") else None,
         "heads": heads,
         "height": height,
         "width": width,
@@ -109,8 +138,7 @@ def window_arguments(qkv: torch.Tensor, heads: int, window: tuple[int, int], pad
         "stride_batch": qkv.stride(0),
         "stride_y": qkv.stride(1),
         "stride_x": qkv.stride(2),
-        "PADDED": bool(height % window[0] or width % window[1]),
-        "HAS_PAD": pad is not None,
+        "PAD": kind,
         "DIM": dim,
         "MAIN": main,
         "TAIL": tail,
@@ -128,8 +156,8 @@ def queries_of(qkv: torch.Tensor, window: tuple[int, int]) -> int:
     return min(qkv.shape[1], window[0]) * min(qkv.shape[2], window[1])
 
 
-def row_for(op: str, qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> dict[str, int]:
-    """The tuning-table row, its key block no larger than a window, and the columns of a tile of keys (KEY_COLUMNS)."""
+def row_for(op: str, qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """The tuning-table row, and the tile of keys made of it: no larger than a window, KEY_COLUMNS of its BLOCK_N in a row."""
     row = config(
         op,
         target_of(qkv),
@@ -139,4 +167,11 @@ def row_for(op: str, qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> 
     )
     columns = triton.next_power_of_2(window[1])
     block = min(row["BLOCK_N"], max(MIN_DOT, columns * triton.next_power_of_2(window[0])))
-    return row | {"BLOCK_N": block, "KEY_COLUMNS": min(block, columns)}
+    return row, {"BLOCK_N": block, "KEY_COLUMNS": min(block, columns)}
+
+
+def tile_arguments(tile: dict[str, int], window: tuple[int, int]) -> dict:
+    """How a window's keys are walked: ``tile`` and what follows from it for kernels that hold queries."""
+    rows = tile["BLOCK_N"] // tile["KEY_COLUMNS"]
+    even = window[1] % tile["KEY_COLUMNS"] == 0 and window[0] % rows == 0
+    return tile | {"EVEN": even, "PASSES": triton.cdiv(window[1], tile["KEY_COLUMNS"])}

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
-from .image_attention import key_rows_at, key_tile, load_rows, row_for, store_rows, window_arguments, window_corner, windows_of
+from .image_attention import key_tile, load_keys, load_rows, row_for, store_rows, window_arguments, window_corner, windows_of
 
 
 @triton.jit
@@ -41,8 +41,7 @@ def _image_attention_backward_key(
     stride_x,
     scale,
     HAS_REL: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
+    PAD: tl.constexpr,
     WANTS_PAD: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -66,20 +65,18 @@ def _image_attention_backward_key(
     offset, exists, real = key_tile(
         key_row, key_column, top, left, window_h, window_w, height, width, stride_y, stride_x, BLOCK_N, KEY_COLUMNS
     )
-    channels = heads.to(tl.int64) * DIM
-    tokens = height.to(tl.int64) * width
+    channels = heads * DIM
+    tokens = height * width
     qkv_ptr += batch * stride_batch + head * DIM
     pad_k_ptr, pad_v_ptr = pad_ptr, pad_ptr
-    if HAS_PAD:
+    if pad_ptr is not None:
         pad_k_ptr, pad_v_ptr = pad_ptr + channels + head * DIM, pad_ptr + 2 * channels + head * DIM
-    k_rows, mask = key_rows_at(qkv_ptr + channels, pad_k_ptr, offset, exists, real, PADDED, HAS_PAD)
-    v_rows, mask = key_rows_at(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, PADDED, HAS_PAD)
-    k = load_rows(k_rows, mask, 0, MAIN, DIM, True)
-    v = load_rows(v_rows, mask, 0, MAIN, DIM, True)
+    k = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, 0, MAIN, DIM, PAD, False)
+    v = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, 0, MAIN, DIM, PAD, False)
     k_tail, v_tail = k, v
     if TAIL > 0:
-        k_tail = load_rows(k_rows, mask, MAIN, TAIL, DIM, True)
-        v_tail = load_rows(v_rows, mask, MAIN, TAIL, DIM, True)
+        k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, False)
+        v_tail = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, False)
     dk = tl.zeros([BLOCK_N, MAIN], dtype=tl.float32)
     dk_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, MAIN], dtype=tl.float32)
@@ -149,14 +146,14 @@ def _image_attention_backward_key(
             tl.store(dpad_ptr + channels + column, tl.sum(tl.where(padded, dv_tail, 0.0), axis=0), mask=column < DIM)
 
 
-def _tiles(row: dict[str, int], window: tuple[int, int]) -> tuple[int, int]:
+def _tiles(tile: dict[str, int], window: tuple[int, int]) -> tuple[int, int]:
     """How many tiles of keys a window has down and across."""
-    return triton.cdiv(window[0], row["BLOCK_N"] // row["KEY_COLUMNS"]), triton.cdiv(window[1], row["KEY_COLUMNS"])
+    return triton.cdiv(window[0], tile["BLOCK_N"] // tile["KEY_COLUMNS"]), triton.cdiv(window[1], tile["KEY_COLUMNS"])
 
 
 def pad_parts(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
     """The partial sums of dpad: its first dimension."""
-    tiles, windows = _tiles(row_for("image_attention_backward_key", qkv, heads, window), window), windows_of(qkv, window)
+    tiles, windows = _tiles(row_for("image_attention_backward_key", qkv, heads, window)[1], window), windows_of(qkv, window)
     return qkv.shape[0] * windows[0] * windows[1] * tiles[0] * tiles[1]
 
 
@@ -175,9 +172,9 @@ def launch_image_attention_backward_key(
     dpad: torch.Tensor | None,
 ) -> None:
     """Fills the dk and dv of dqkv and, unless it is None, dpad [``pad_parts``, 2, H, D]."""
-    row = row_for("image_attention_backward_key", qkv, heads, window)
+    row, tile = row_for("image_attention_backward_key", qkv, heads, window)
     down, across = windows_of(qkv, window)
-    tiles_down, tiles_across = _tiles(row, window)
+    tiles_down, tiles_across = _tiles(tile, window)
     launch(
         "image_attention_backward_key",
         _image_attention_backward_key,
@@ -198,5 +195,6 @@ def launch_image_attention_backward_key(
         scale=scale,
         HAS_REL=rel_h is not None,
         WANTS_PAD=dpad is not None,
+        **tile,
         **window_arguments(qkv, heads, window, pad),
     )

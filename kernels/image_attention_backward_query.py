@@ -15,13 +15,14 @@ import triton.language as tl
 
 from ._launch import launch
 from .image_attention import (
-    key_rows_at,
     key_tile,
+    load_keys,
     load_rows,
     queries_of,
     relative_tile,
     row_for,
     store_rows,
+    tile_arguments,
     window_arguments,
     window_corner,
     windows_of,
@@ -54,8 +55,7 @@ def _image_attention_backward_query(
     stride_pass,  # of drel_h
     scale,
     HAS_REL: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
+    PAD: tl.constexpr,
     EVEN: tl.constexpr,
     PASSES: tl.constexpr,
     DIM: tl.constexpr,
@@ -78,12 +78,12 @@ def _image_attention_backward_query(
     place = first + tl.arange(0, BLOCK_M)
     inside = place < rows * columns
     y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
-    channels = heads.to(tl.int64) * DIM
-    tokens = height.to(tl.int64) * width
+    channels = heads * DIM
+    tokens = height * width
     token = batch * tokens + y * width + x
     index = (batch * heads + head) * tokens + y * width + x
     qkv_ptr += batch * stride_batch + head * DIM
-    if HAS_PAD:
+    if pad_ptr is not None:
         pad_ptr += head * DIM
     query_rows = qkv_ptr + y * stride_y + x * stride_x
     dout_rows = dout_ptr + token * channels + head * DIM
@@ -112,16 +112,13 @@ def _image_attention_backward_query(
                 key_row, key_column, top, left, window_h, window_w, height, width, stride_y, stride_x, BLOCK_N, KEY_COLUMNS
             )
             pad_k_ptr, pad_v_ptr = pad_ptr, pad_ptr
-            if HAS_PAD:
+            if pad_ptr is not None:
                 pad_k_ptr, pad_v_ptr = pad_ptr + channels, pad_ptr + 2 * channels
-            k_rows, mask = key_rows_at(qkv_ptr + channels, pad_k_ptr, offset, exists, real, PADDED, HAS_PAD)
-            v_rows, mask = key_rows_at(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, PADDED, HAS_PAD)
-            MASKED: tl.constexpr = (not EVEN) or (PADDED and not HAS_PAD)
-            k = load_rows(k_rows, mask, 0, MAIN, DIM, MASKED)
+            k = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
             k_tail = k
             if TAIL > 0:
-                k_tail = load_rows(k_rows, mask, MAIN, TAIL, DIM, MASKED)
+                k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
             scores *= scale * 1.4426950408889634
             if HAS_REL:
@@ -134,10 +131,10 @@ def _image_attention_backward_query(
             if not EVEN:
                 scores = tl.where(exists[None, :], scores, float("-inf"))
             weights = tl.exp2(scores - lse[:, None])
-            v = load_rows(v_rows, mask, 0, MAIN, DIM, MASKED)
+            v = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             dweights = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
             if TAIL > 0:
-                v_tail = load_rows(v_rows, mask, MAIN, TAIL, DIM, MASKED)
+                v_tail = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 dweights = tl.dot(dout_tail, tl.trans(v_tail), dweights, input_precision=INPUT_PRECISION)
             dscores = weights * (dweights - delta[:, None])
             rounded = dscores.to(k.dtype)
@@ -169,7 +166,7 @@ def _image_attention_backward_query(
 
 def passes_of(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
     """In how many passes a window's keys are walked, each a tile wide: the parts of drel_h."""
-    return triton.cdiv(window[1], row_for("image_attention_backward_query", qkv, heads, window)["KEY_COLUMNS"])
+    return triton.cdiv(window[1], row_for("image_attention_backward_query", qkv, heads, window)[1]["KEY_COLUMNS"])
 
 
 def launch_image_attention_backward_query(
@@ -188,7 +185,7 @@ def launch_image_attention_backward_query(
     drel_w: torch.Tensor | None,
 ) -> None:
     """Fills the dq of dqkv, drel_h [``passes_of``, B, H, Hi·Wi, h] and drel_w."""
-    row = row_for("image_attention_backward_query", qkv, heads, window)
+    row, tile = row_for("image_attention_backward_query", qkv, heads, window)
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
     launch(
@@ -211,7 +208,6 @@ def launch_image_attention_backward_query(
         stride_pass=0 if drel_h is None else drel_h.stride(0),
         scale=scale,
         HAS_REL=rel_h is not None,
-        PASSES=triton.cdiv(window[1], row["KEY_COLUMNS"]),
-        EVEN=window[1] % row["KEY_COLUMNS"] == 0 and window[0] % (row["BLOCK_N"] // row["KEY_COLUMNS"]) == 0,
+        **tile_arguments(tile, window),
         **window_arguments(qkv, heads, window, pad),
     )

@@ -16,13 +16,14 @@ import triton.language as tl
 
 from ._launch import launch
 from .image_attention import (
-    key_rows_at,
     key_tile,
+    load_keys,
     load_rows,
     queries_of,
     relative_tile,
     row_for,
     store_rows,
+    tile_arguments,
     window_arguments,
     window_corner,
     windows_of,
@@ -50,8 +51,7 @@ def _image_attention_forward(
     stride_x,
     scale,
     HAS_REL: tl.constexpr,
-    PADDED: tl.constexpr,
-    HAS_PAD: tl.constexpr,
+    PAD: tl.constexpr,
     EVEN: tl.constexpr,
     PASSES: tl.constexpr,
     DIM: tl.constexpr,
@@ -75,9 +75,9 @@ def _image_attention_forward(
     inside = place < rows * columns
     y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
     token = y * width + x
-    channels = heads.to(tl.int64) * DIM
+    channels = heads * DIM
     qkv_ptr += batch * stride_batch + head * DIM
-    if HAS_PAD:
+    if pad_ptr is not None:
         pad_ptr += head * DIM
     query_rows = qkv_ptr + y * stride_y + x * stride_x
     q = load_rows(query_rows, inside, 0, MAIN, DIM, True)
@@ -88,7 +88,7 @@ def _image_attention_forward(
     acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    tokens = height.to(tl.int64) * width
+    tokens = height * width
     index = (batch * heads + head) * tokens + token
     rel_h_rows, rel_w_rows = rel_h_ptr, rel_w_ptr
     if HAS_REL:
@@ -104,15 +104,12 @@ def _image_attention_forward(
                 key_row, key_column, top, left, window_h, window_w, height, width, stride_y, stride_x, BLOCK_N, KEY_COLUMNS
             )
             pad_k_ptr, pad_v_ptr = pad_ptr, pad_ptr
-            if HAS_PAD:
+            if pad_ptr is not None:
                 pad_k_ptr, pad_v_ptr = pad_ptr + channels, pad_ptr + 2 * channels
-            k_rows, mask = key_rows_at(qkv_ptr + channels, pad_k_ptr, offset, exists, real, PADDED, HAS_PAD)
-            v_rows, mask = key_rows_at(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, PADDED, HAS_PAD)
-            MASKED: tl.constexpr = (not EVEN) or (PADDED and not HAS_PAD)
-            k = load_rows(k_rows, mask, 0, MAIN, DIM, MASKED)
+            k = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             scores = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
             if TAIL > 0:
-                k_tail = load_rows(k_rows, mask, MAIN, TAIL, DIM, MASKED)
+                k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
             scores *= scale * 1.4426950408889634
             if HAS_REL:
@@ -130,11 +127,11 @@ def _image_attention_forward(
             shrink = tl.exp2(peak - new_peak)
             peak = new_peak
             total = total * shrink + tl.sum(weights, axis=1)
-            v = load_rows(v_rows, mask, 0, MAIN, DIM, MASKED)
+            v = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             rounded = weights.to(v.dtype)
             acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
             if TAIL > 0:
-                v_tail = load_rows(v_rows, mask, MAIN, TAIL, DIM, MASKED)
+                v_tail = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
 
     tl.store(lse_ptr + index, peak + tl.log2(total), mask=inside)
@@ -157,7 +154,7 @@ def launch_image_attention_forward(
     lse: torch.Tensor,
 ) -> None:
     """Fills out and lse."""
-    row = row_for("image_attention_forward", qkv, heads, window)
+    row, tile = row_for("image_attention_forward", qkv, heads, window)
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
     launch(
@@ -175,7 +172,6 @@ def launch_image_attention_forward(
         tiles=tiles,
         scale=scale,
         HAS_REL=rel_h is not None,
-        PASSES=triton.cdiv(window[1], row["KEY_COLUMNS"]),
-        EVEN=window[1] % row["KEY_COLUMNS"] == 0 and window[0] % (row["BLOCK_N"] // row["KEY_COLUMNS"]) == 0,
+        **tile_arguments(tile, window),
         **window_arguments(qkv, heads, window, pad),
     )

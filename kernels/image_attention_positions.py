@@ -111,8 +111,8 @@ def _image_attention_positions(
     line = ((program // tiles) % lines).to(tl.int64)
     head = ((program // tiles // lines) % heads).to(tl.int64)
     batch = (program // tiles // lines // heads).to(tl.int64)
-    channels = heads.to(tl.int64) * DIM
-    tokens = height.to(tl.int64) * width
+    channels = heads * DIM
+    tokens = height * width
     qkv_ptr += batch * stride_batch + head * DIM
     index = (batch * heads + head) * tokens
     dq_ptr = dqkv_ptr
@@ -178,19 +178,20 @@ def _launch(qkv, tables, heads, window, rel_h, rel_w, dqkv, axis, axes) -> None:
     tiles = triton.cdiv(lines, row["BLOCK_M"])
     block = min(row["BLOCK_K"], max(MIN_DOT, triton.next_power_of_2(max(window))))
     arguments = window_arguments(qkv, heads, window, None)
-    for name in ("pad_ptr", "PADDED", "HAS_PAD"):
+    for name in ("pad_ptr", "PAD"):
         del arguments[name]
     launch(
         op,
         _image_attention_positions,
         (batch * heads * lines * tiles, axes),
         qkv,
-        row | {"BLOCK_K": block},
+        row,
         table_h_ptr=tables[0],
         table_w_ptr=tables[1],
         rel_h_ptr=rel_h,
         rel_w_ptr=rel_w,
         dqkv_ptr=dqkv,
+        BLOCK_K=block,
         lines=lines,
         tiles=tiles,
         axis=axis,

@@ -1,12 +1,18 @@
 """image_attention against float64, on both backends: every way in which a window can meet the edge of the image."""
 
+import re
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fastvit
 from fastvit import functional, reference
+from fastvit.ops import torch_backend
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
+from tests.test_offsets import _far_apart as far_apart
+from tests.test_torch_backend import _LargestTensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -121,6 +127,16 @@ def test_padding_that_no_window_needs_has_a_gradient_of_zeros(backend, device):
     assert not results["gradient of pad_qkv"].any()
 
 
+def test_padding_as_amd_gpus_read_it(triton_backend, device, monkeypatch):
+    """After the load instead of by address; keys that the window itself has not stay zeros, whatever the padding holds."""
+    from fastvit.kernels import image_attention as kernel
+
+    monkeypatch.setattr(kernel, "target_of", lambda tensor: "gfx942")
+    arguments = _arguments(device, torch.bfloat16, grid=(5, 6), window=5, dim=48)
+    assert kernel.pad_kind(arguments["qkv"], (5, 5), arguments["pad_qkv"]) == "value"
+    _check(arguments)
+
+
 # --- tables ---------------------------------------------------------------------------------------------------------------
 
 
@@ -211,3 +227,175 @@ def test_the_same_bits_twice(backend, device, window):
     arguments = _arguments(device, torch.bfloat16, batch=2, heads=2, grid=(5, 6), window=window)
     first, second = (run(functional.image_attention, arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- inside PyTorch -------------------------------------------------------------------------------------------------------
+
+
+class _Layer(torch.nn.Module):
+    """A projection to packed qkv and SAM's attention, as a model calls it: the padding is the projection's bias."""
+
+    def __init__(self, window):
+        super().__init__()
+        self.qkv = torch.nn.Linear(16, 96)
+        size = (window, window) if window else (3, 5)
+        self.rel_pos_h, self.rel_pos_w = (torch.nn.Parameter(torch.randn(2 * s - 1, 16)) for s in size)
+        self.window = window
+
+    def forward(self, x):
+        tables = {"rel_pos_h": self.rel_pos_h, "rel_pos_w": self.rel_pos_w}
+        pad = self.qkv.bias
+        return functional.image_attention(self.qkv(x), num_heads=2, window_size=self.window, pad_qkv=pad, **tables)
+
+
+@pytest.fixture(params=[0, 4], ids=["global", "windows"])
+def layer(request, device):
+    return _Layer(request.param).to(device)
+
+
+def _step(layer, x):
+    layer.zero_grad()
+    out = layer(x)
+    out.square().sum().backward()
+    return [out.detach(), *(parameter.grad for parameter in layer.parameters())]
+
+
+def test_compile_fullgraph_forward_and_backward(backend, device, layer):
+    torch._dynamo.reset()
+    x = torch.randn(2, 3, 5, 16, device=device)
+    expected = [t.clone() for t in _step(layer, x)]
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(_step(compiled, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compile_takes_images_of_another_size(triton_backend, device):
+    torch._dynamo.reset()
+    compiled = torch.compile(_Layer(4).to(device), fullgraph=True, backend="aot_eager")
+    for grid in ((3, 5), (6, 4), (9, 7)):
+        x = torch.randn(1, *grid, 16, device=device)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), compiled._orig_mod(x), rtol=1e-4, atol=1e-5)
+
+
+def test_export_keeps_the_operator_by_name(triton_backend, device, layer):
+    x = torch.randn(2, 3, 5, 16, device=device)
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x), layer(x))
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "fastvit.image_attention_forward.default" in targets
+
+
+def test_export_on_the_torch_backend_needs_nothing_of_ours(device, layer):
+    x = torch.randn(2, 3, 5, 16, device=device)
+    with torch.no_grad(), fastvit.use_backend("torch"):
+        program = torch.export.export(layer, (x,), strict=False)
+        torch.testing.assert_close(program.module()(x), layer(x))
+    assert not any("fastvit" in str(node.target) for node in program.graph.nodes)
+
+
+def test_autocast(backend, device, layer):
+    """Tables in float32 beside a half-precision qkv, as in any model under autocast; gradients in the parameters' dtype."""
+    x = torch.randn(2, 3, 5, 16, device=device)
+    exact = _step(layer, x)
+    exact = [t.clone() for t in exact]
+    with torch.autocast(device, dtype=torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), exact[0], rtol=0.1, atol=0.1)
+    layer.zero_grad()
+    out.sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_checkpointing(backend, device, layer):
+    x = torch.randn(2, 3, 5, 16, device=device)
+    expected = [t.clone() for t in _step(layer, x)]
+    checkpointed = _step(_Checkpointed(layer), x)
+    assert all(torch.equal(a, b) for a, b in zip(checkpointed, expected, strict=True))
+
+
+class _Checkpointed(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 14])
+@pytest.mark.parametrize("backward", [False, True], ids=["inference", "training"])
+def test_no_bias_matrix_in_memory(window, backward):
+    """On the torch backend no tensor is larger than a block of query rows times the keys, or than qkv itself."""
+    grid, heads, dim = 48, 2, 8
+    arguments = _arguments("cpu", grid=(grid, grid), window=window, heads=heads, dim=dim)
+    if backward:
+        arguments = {k: v.requires_grad_() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with fastvit.use_backend("torch"), _LargestTensor() as largest, torch.set_grad_enabled(backward):
+        out = functional.image_attention(**arguments)
+        if backward:
+            out.sum().backward()
+    keys = window**2 if window else grid**2
+    assert largest.elements <= max(heads * torch_backend.BIAS_ROWS * keys, arguments["qkv"].numel())
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "column"])
+@pytest.mark.parametrize("window", [0, 2])
+def test_strides_beyond_32_bits(triton_backend, device, dim, window):
+    arguments = _arguments(device, torch.bfloat16, batch=3, grid=(3, 3), window=window)
+    expected = run(functional.image_attention, arguments)
+    far = run(functional.image_attention, arguments | {"qkv": far_apart(arguments["qkv"], dim)})
+    assert all(torch.equal(far[name], expected[name]) for name in expected)
+
+
+# --- wrong input ----------------------------------------------------------------------------------------------------------
+
+
+def _zeros(*shape, dtype=torch.float32, device=None):
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+WRONG = {
+    "no tensor": ({"qkv": [[1.0]]}, TypeError, "qkv is list"),
+    "integers": ({"qkv": _zeros(1, 3, 5, 96, dtype=torch.int64)}, TypeError, "qkv of shape (1, 3, 5, 96) has dtype torch.int64"),
+    "rank 3": ({"qkv": _zeros(15, 5, 96)}, ValueError, "qkv has shape (15, 5, 96)"),
+    "no rows": ({"qkv": _zeros(1, 0, 5, 96)}, ValueError, "qkv has shape (1, 0, 5, 96)"),
+    "no columns": ({"qkv": _zeros(1, 3, 0, 96)}, ValueError, "qkv has shape (1, 3, 0, 96)"),
+    "channels that do not divide": ({"qkv": _zeros(1, 3, 5, 97)}, ValueError, "qkv has shape (1, 3, 5, 97)"),
+    "no channels": ({"qkv": _zeros(1, 3, 5, 0)}, ValueError, "qkv has shape (1, 3, 5, 0)"),
+    "heads of 257": ({"qkv": _zeros(1, 3, 5, 2 * 3 * 257), "pad_qkv": None}, ValueError, "a head_dim of 257"),
+    "num_heads a float": ({"num_heads": 2.0}, TypeError, "num_heads is 2.0"),
+    "num_heads of 0": ({"num_heads": 0}, ValueError, "num_heads is 0"),
+    "window_size a bool": ({"window_size": True}, TypeError, "window_size is True"),
+    "window_size negative": ({"window_size": -1}, ValueError, "window_size is -1"),
+    "window_size a pair": ({"window_size": (14, 14)}, TypeError, "window_size is (14, 14)"),
+    "scale no number": ({"scale": "1"}, TypeError, "scale is '1'"),
+    "one table": ({"rel_pos_w": None}, ValueError, "rel_pos_w is None"),
+    "the other table": ({"rel_pos_h": None}, ValueError, "rel_pos_h is None"),
+    "a table of rank 3": ({"rel_pos_h": _zeros(1, 7, 16)}, ValueError, "rel_pos_h has shape (1, 7, 16)"),
+    "a table of another width": ({"rel_pos_w": _zeros(7, 8)}, ValueError, "rel_pos_w has shape (7, 8)"),
+    "an empty table": ({"rel_pos_w": _zeros(0, 16)}, ValueError, "rel_pos_w has shape (0, 16)"),
+    "a table of another dtype": ({"rel_pos_h": _zeros(7, 16, dtype=torch.float16)}, TypeError, "rel_pos_h of shape (7, 16)"),
+    "pad_qkv of another width": ({"pad_qkv": _zeros(32)}, ValueError, "pad_qkv has shape (32,)"),
+    "pad_qkv of rank 2": ({"pad_qkv": _zeros(1, 96)}, ValueError, "pad_qkv has shape (1, 96)"),
+    "pad_qkv of another dtype": ({"pad_qkv": _zeros(96, dtype=torch.float64)}, TypeError, "pad_qkv of shape (96,)"),
+    "pad_qkv elsewhere": ({"pad_qkv": _zeros(96, device="meta")}, ValueError, "pad_qkv of shape (96,) is on meta"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input(backend, case):
+    change, error, message = WRONG[case]
+    good = {"qkv": _zeros(1, 3, 5, 96), "num_heads": 2, "window_size": 4, "pad_qkv": _zeros(96)}
+    good |= {"rel_pos_h": _zeros(7, 16), "rel_pos_w": _zeros(7, 16)}
+    with pytest.raises(error, match=re.escape(message)):
+        functional.image_attention(**(good | change))
+
+
+def test_triton_refuses_float64(triton_backend, device):
+    with pytest.raises(ValueError, match="float64"):
+        functional.image_attention(_zeros(1, 3, 5, 48, dtype=torch.float64, device=device), num_heads=1)
