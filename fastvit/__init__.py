@@ -19,6 +19,8 @@ from . import functional, reference
 from .backend import get_backend, use_backend
 
 _LAZY = {
+    "SamAutomaticMaskGenerator": "pipelines",
+    "SamPredictor": "pipelines",
     "accelerate": "acceleration",
     "accelerated": "acceleration",
     "attention_maps": "maps",
@@ -31,6 +33,8 @@ _LAZY = {
 _LAZY_MODULES = ("models", "nn")
 
 __all__ = [
+    "SamAutomaticMaskGenerator",
+    "SamPredictor",
     "__version__",
     "accelerate",
     "accelerated",
@@ -38,9 +42,9 @@ __all__ = [
     "attention_rollout",
     "functional",
     "get_backend",
+    "load",
     "models",
     "nn",
-    "load",
     "reference",
     "report",
     "restore",
