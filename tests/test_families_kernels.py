@@ -1,11 +1,13 @@
 """Every family on the Triton kernels: in the interpreter, or on a GPU where there is one."""
 
+import copy
+
 import pytest
 import torch
 
 import fastvit
 from benchmarks.families import FAMILIES, Size, output_of
-from tests.model_errors import OUTPUT, assert_equal_gradients, gradients, no_native_fast_path, relative, without_gradients
+from tests.model_errors import OUTPUT, assert_equal_gradients, cast, gradients, no_native_fast_path, relative, without_gradients
 
 SMALL = Size(32, 2, 2, 64, 16, 8)
 IN_THE_FAST_SUITE = ("timm_vit", "hf_dinov3", "torch_post_norm", "torch_cross_attention")
@@ -37,6 +39,20 @@ def test_outputs_and_gradients_on_the_kernels(key, device):
         assert on_the_kernels(model, key)
         assert_equal_gradients(gradients(model, inputs), trained)
         assert on_the_kernels(model, key)
+
+
+@pytest.mark.parametrize("key", IN_THE_FAST_SUITE)
+def test_bfloat16_on_the_kernels_errs_at_most_twice_as_much_as_the_original(key, device):
+    """Both against float64; half an eps on top, because any result must be rounded to bfloat16 once."""
+    model, inputs = family(key, device)
+    with no_native_fast_path():
+        exact = without_gradients(copy.deepcopy(model).double(), cast(inputs, torch.float64))
+        model, inputs = model.bfloat16(), cast(inputs, torch.bfloat16)
+        eager = without_gradients(model, inputs)
+        actual = without_gradients(fastvit.accelerate(model), inputs)
+    assert on_the_kernels(model, key)
+    assert actual.dtype == torch.bfloat16
+    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
 
 
 def test_nested_tensors_on_the_kernels(device):

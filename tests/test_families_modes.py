@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvit
-from benchmarks.families import FAMILIES, TINY, noise, output_of
+from benchmarks.families import FAMILIES, TINY, noise, output_of, perturb
 from tests.model_errors import OUTPUT, build, fused, no_native_fast_path, relative, without_gradients
 
 BLOCKS = {
@@ -83,6 +83,37 @@ def test_pictures_of_other_sizes_and_shapes(key):
         actual = without_gradients(fastvit.accelerate(model), inputs)
         assert relative(actual, expected) <= OUTPUT
         assert set(fastvit.report(model).fallbacks) <= {"head.attention"}
+
+
+@pytest.mark.parametrize("options", [{}, {"rope_type": "axial"}, {"rope_type": "axial", "attn_type": "rope"}], ids=str)
+def test_packed_patches_of_pictures_of_several_sizes(options):
+    """NaFlexViT: one batch of pictures with other numbers of patches, masked, each with rotary positions of its own."""
+    from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
+
+    sizes = {"embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "patch_size": 8, "pos_embed_grid_size": (3, 3)}
+    model = perturb(NaFlexVit(NaFlexVitCfg(**sizes, **options), num_classes=5))
+    grid = torch.stack(torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij"), dim=-1).reshape(1, 9, 2)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 6:] = False
+    inputs = {"x": noise(2, 9, 3 * 8 * 8), "patch_coord": torch.cat([grid, grid.flip(-1)]), "patch_valid": valid}
+    expected = without_gradients(model, inputs)
+    assert relative(without_gradients(fastvit.accelerate(model), inputs), expected) <= OUTPUT
+    assert fused(model, 3)
+    everything = {**inputs, "patch_valid": torch.ones_like(valid)}
+    assert relative(without_gradients(model, everything), expected) > 100 * OUTPUT
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_padding_on_the_left(implementation, backend):
+    """The first tokens then have no key at all that they may attend to; eager's masks are the smallest finite number."""
+    model, inputs = build("hf_clip_text", attn_implementation=implementation)
+    inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    inputs["attention_mask"][1, :5] = 0
+    expected = without_gradients(model, inputs)
+    actual = without_gradients(fastvit.accelerate(model), inputs)
+    assert fused(model, TINY.depth)
+    assert actual.isfinite().all()
+    assert relative(actual, expected) <= OUTPUT
 
 
 # --- copies ---------------------------------------------------------------------------------------------------------------

@@ -60,6 +60,23 @@ def test_dropout_and_drop_path_draw_as_before(key):
     assert relative(runs[0][0], still) > 100 * OUTPUT
 
 
+@pytest.mark.parametrize("key", ["timm_vit", "timm_eva02", "timm_dinov3", "timm_rope_mixed"])
+def test_tokens_dropped_in_training_keep_their_positions(key):
+    """Every picture of a batch then has other tokens, and rotary positions of its own."""
+    model, inputs = build(key, 3, patch_drop_rate=0.5)
+    still = without_gradients(model, inputs)
+    model.train()
+    runs = []
+    for prepare in (fastvit.restore, fastvit.accelerate):
+        prepare(model)
+        with seeded():
+            runs.append((without_gradients(model, inputs), gradients(model, inputs)))
+    assert fused(model, TINY.depth)
+    assert relative(runs[1][0], runs[0][0]) <= OUTPUT
+    assert_equal_gradients(runs[1][1], runs[0][1])
+    assert relative(runs[0][0], still) > 100 * OUTPUT
+
+
 WEIGHTS_DROPOUT = {
     "hf_vit": {"attention_probs_dropout_prob": 0.3},
     "hf_dinov2": {"attention_probs_dropout_prob": 0.3},
