@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from . import backend as _backend
 from .integrations import dispatched, probe, swap
-from .integrations.multihead import MultiheadLayout
-from .integrations.parts import Layout, find_layout
+from .integrations.parts import AnyLayout, find_layout
 from .reporting import Report, count_flops
 from .verification import Verification, compare
 
@@ -41,13 +40,11 @@ class _State:
 
 @dataclass(frozen=True)
 class _Plan:
-    layouts: dict[str, Layout | MultiheadLayout]
+    layouts: dict[str, AnyLayout]
     skipped: dict[str, str]
 
 
-_dry_runs: "weakref.WeakKeyDictionary[nn.Module, tuple[Report, dict[str, Layout | MultiheadLayout]]]" = (
-    weakref.WeakKeyDictionary()
-)
+_dry_runs: "weakref.WeakKeyDictionary[nn.Module, tuple[Report, dict[str, AnyLayout]]]" = weakref.WeakKeyDictionary()
 
 
 def accelerate(
@@ -151,7 +148,7 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     return replace(found, flops={name: flops.get(name, 0) for name in layouts}, total_flops=total)
 
 
-def _found(model: nn.Module) -> tuple[Report, dict[str, Layout | MultiheadLayout]]:
+def _found(model: nn.Module) -> tuple[Report, dict[str, AnyLayout]]:
     """The report without FLOPs, and the layout of every block in it that is served, or would be."""
     if model in _dry_runs:
         planned, layouts = _dry_runs[model]
@@ -255,7 +252,7 @@ def _with_kernels():
 
 def _plan(model: nn.Module, selected: dict[str, str | None]) -> _Plan:
     """Which modules are served and which block-like ones are not; ``selected``: name → why it was not selected."""
-    layouts: dict[str, Layout | MultiheadLayout] = {}
+    layouts: dict[str, AnyLayout] = {}
     skipped: dict[str, str] = {}
     proofs: dict[tuple, str | None] = {}
     for name, module in model.named_modules():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .integrations import probe, swap
 from .integrations.block import queries_and_keys
 from .integrations.call import read_call
-from .integrations.parts import Layout, find_layout
+from .integrations.parts import Layout, find_layout, is_attention
 from .nn import EncoderBlock
 
 __all__ = ["attention_maps", "attention_rollout"]
@@ -170,7 +170,7 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     what goes around it is not known."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention) or any(name.startswith(f"{block}.") or not block for block in inside):
+        if is_attention(module) or any(name.startswith(f"{block}.") or not block for block in inside):
             continue
         found = isinstance(module, EncoderBlock) or swap.is_served(module) or find_layout(module)
         if found:
@@ -181,10 +181,11 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _layout(module: nn.Module, proofs: dict[Any, str | None]) -> Layout | str:
     """A block's layout, proved to be what its forward computes; a reason otherwise."""
-    if swap.is_served(module):
-        return module.__dict__[swap.ATTRIBUTE].layout
-    layout: Any = find_layout(module)
-    if isinstance(layout, str):
+    served = swap.is_served(module)
+    layout: Any = module.__dict__[swap.ATTRIBUTE].layout if served else find_layout(module)
+    if not isinstance(layout, str) and layout.window is not None:
+        return "it attends on an image, by windows or with relative positions"
+    if isinstance(layout, str) or served:
         return layout
     key = probe.signature(module, layout)
     if key not in proofs:

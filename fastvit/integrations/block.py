@@ -17,14 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, functional, reference
-from ..ops import torch_backend
-from . import handoff, layouts, multihead
+from ..ops import torch_backend, torch_image_attention
+from . import decoder, grid, handoff, layouts, multihead
 from .call import Call
 from .parts import Layout, child, part
 
 
 def _torch_attention(query, key, value, attn_mask=None, *, is_causal=False, scale=None):
     return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, None, None)
+
+
+def _torch_image_attention(qkv, *, num_heads, rel_pos_h=None, rel_pos_w=None, window_size=0, pad_qkv=None, scale=None):
+    window = (window_size, window_size) if window_size else tuple(qkv.shape[1:3])
+    tables = (rel_pos_h, rel_pos_w)
+    sized = [t if t is None else torch_image_attention.resized_table(t, side) for t, side in zip(tables, window, strict=True)]
+    return torch_image_attention.image_attention(qkv, num_heads, sized[0], sized[1], window, pad_qkv, scale)
 
 
 def _torch_layer_norm(input, weight, bias, eps):
@@ -55,6 +62,7 @@ def _torch_glu(gate, value, *, activation="silu"):
 
 TORCH = SimpleNamespace(
     attention=_torch_attention,
+    image_attention=_torch_image_attention,
     qk_norm_rope=_torch_qk_norm_rope,
     glu=_torch_glu,
     layer_norm=_torch_layer_norm,
@@ -93,6 +101,13 @@ def compute_multihead(module: Any, call: multihead.MultiheadCall, pinned: str = 
     chosen = choose_backend(pinned, call.query)
     with _held_to(chosen, call.query):
         return multihead.compute(module, TRITON if chosen == "triton" else TORCH, call)
+
+
+def compute_decoder(module: Any, layout: decoder.DecoderLayout, call: decoder.DecoderCall, pinned: str = "auto") -> Any:
+    """The output of a mask decoder's attention for a call."""
+    chosen = choose_backend(pinned, call.query)
+    with _held_to(chosen, call.query):
+        return decoder.compute(module, layout, TRITON if chosen == "triton" else TORCH, call)
 
 
 def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
@@ -159,6 +174,8 @@ def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tens
 def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> Tensor:
     names = layout.attention
     owner = child(block, names.owner)
+    if layout.window is not None:
+        return _project_out(block, layout, ops, x, _image_attention(block, layout, ops, x))
     query, key, value = _project(block, layout, ops, x, call)
     scale = _scale(owner, query.shape[-1])
     out = ops.attention(query, key, value, call.attn_mask, is_causal=call.is_causal, scale=scale)
@@ -167,13 +184,28 @@ def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call
     # Dropout draws in the order of memory, in which torch's attention leaves tokens first also where the batch comes first.
     turned = layout.multihead and not tokens_first and any(_active(child(block, layout.residuals[0].drop)))
     out = (out.permute(2, 0, 1, 3) if tokens_first or turned else out.transpose(1, 2)).flatten(2)
-    out_norm = part(block, names.out_norm)
+    out = _project_out(block, layout, ops, x, out)
+    return out.transpose(0, 1) if turned else out
+
+
+def _image_attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor) -> Tensor:
+    """The attention's output (B, H, W, C) of a block whose normalized hidden states x are images."""
+    names = layout.attention
+    owner, path = child(block, names.owner), names.qkv[0]
+    norms = part(block, names.query_norm), part(block, names.key_norm)
+    project = functools.partial(_linear, block, layout, ops, path)
+    bias = False if path in layout.called else child(block, path).bias
+    return grid.attention(block, owner, ops, x, project, bias, norms, functools.partial(_scale, owner))
+
+
+def _project_out(block: nn.Module, layout: Layout, ops: Any, x: Tensor, out: Tensor) -> Tensor:
+    """What the block's attention makes of its normalized hidden states x and the heads' output."""
+    out_norm = part(block, layout.attention.out_norm)
     if out_norm is not None:
         out = out_norm(out)
-    if child(block, names.gate) is not None:
-        out = out * _linear(block, layout, ops, names.gate, x).sigmoid()
-    out = _linear(block, layout, ops, names.out, out)
-    return out.transpose(0, 1) if turned else out
+    if child(block, layout.attention.gate) is not None:
+        out = out * _linear(block, layout, ops, layout.attention.gate, x).sigmoid()
+    return _linear(block, layout, ops, layout.attention.out, out)
 
 
 def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:

@@ -12,7 +12,7 @@ from .parts import Layout, child
 
 @dataclass(frozen=True)
 class Call:
-    """Hidden states (B, N, C) and what attends to what.
+    """Hidden states (B, N, C), or images (B, H, W, C), and what attends to what.
 
     ``attn_mask``: True = attend, or a bias, broadcastable to (B, H, N, N). ``cos``, ``sin``: rotary positions of the last T
     tokens, (T, D) or broadcastable to (B, H, T, D) and of that rank. ``present``: (B, N), True for tokens that exist, where
@@ -35,8 +35,9 @@ def read_call(block: Any, layout: Layout, args: tuple, kwargs: dict) -> Call | s
     values = dict(zip(names, args, strict=False))
     values.update(kwargs)
     x = values.pop(names[0], None)
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        return "the hidden states are not one tensor of shape (batch, tokens, channels)"
+    rank, shape = (3, "(batch, tokens, channels)") if layout.window is None else (4, "(batch, height, width, channels)")
+    if not isinstance(x, Tensor) or x.dim() != rank:
+        return f"the hidden states are not one tensor of shape {shape}"
     present = None
     if x.is_nested:
         nested = _padded(x)
@@ -68,6 +69,8 @@ def read_call(block: Any, layout: Layout, args: tuple, kwargs: dict) -> Call | s
         if isinstance(read, str):
             return read
         attn_mask, is_causal = read
+    elif layout.window is not None and (attn_mask is not None or is_causal):
+        return "it was called with a mask, which attention on an image has none of"
     elif attn_mask is not None:
         is_causal = is_causal and not mask_is_whole
         if not isinstance(attn_mask, Tensor) or is_causal:

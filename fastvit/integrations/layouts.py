@@ -99,6 +99,7 @@ MLPS = (
     Mlp("mlp.up_proj", "mlp.act_fn", "mlp.down_proj", gate="mlp.gate_proj"),  # transformers DINOv3, SwiGLU
     Mlp("mlp.weights_in", None, "mlp.weights_out"),  # transformers, older SwiGLU
     Mlp("mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop1", "mlp.norm", drop=("mlp.drop2",)),  # timm
+    Mlp("mlp.lin1", "mlp.act", "mlp.lin2"),  # segment_anything, transformers SAM
     Mlp("mlp.fc1_x", "mlp.act", "mlp.fc2", "mlp.drop1", "mlp.norm", drop=("mlp.drop2",), gate="mlp.fc1_g"),  # timm SwiGLU
     Mlp("mlp.0", "mlp.1", "mlp.3", "mlp.2", drop=("mlp.4",)),  # torchvision
     Mlp("linear1", "activation", "linear2", "dropout"),  # torch
@@ -123,6 +124,9 @@ SCALINGS = ("scaling", "scale")
 WEIGHTS_DROPS = ("attention_dropout", "dropout_prob", "attn_drop", "dropout")  # of an owner: a module or a float
 SEPARATE_BIASES = ("q_bias", "k_bias", "v_bias")  # of an owner whose packed linear has none: timm EVA
 NORM_FIRST = "norm_first"  # of a block that may normalize before its branches or after its sums: torch
+WINDOW = "window_size"  # of a block whose hidden states are images: tokens a side of its windows, 0 for no windows
+RELATIVE_POSITIONS = ("rel_pos_h", "rel_pos_w")  # of the owner in such a block: tables of rows and columns
+USES_POSITIONS = "use_rel_pos"
 PREFIX_TOKENS = "num_prefix_tokens"  # of an owner: tokens without a position, the first ones
 ROTATES_HALVES = "rotate_half"  # of an owner: pairs channel d with d + D/2, not 2d with 2d + 1
 GATE_LAST = "gate_last"  # of an MLP whose fc1 has value and gate in one: the gate is its second half

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._checks import MAX_HEAD_DIM
-from . import layouts, multihead
+from . import decoder, grid, layouts, multihead
 from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
 
@@ -39,7 +39,8 @@ class Layout:
     ``post_norm``: normalizes after the sums. ``gating``: None, or where a gated MLP's gate is: "beside" fc1 in a linear of its
     own, or the "first" or "last" half of fc1. ``head_norm``: "layer" or "rms" where queries and keys have a norm that the
     fused operator computes. ``head_dim``: where it is known. ``kinds``: path → class of every descendant that the fused path
-    stands in for. ``own``: path → why that descendant is called as the module it is.
+    stands in for. ``own``: path → why that descendant is called as the module it is. ``window``: where the hidden states are
+    images, tokens a side of the attention's windows, 0 for the whole image; ``relative``: with tables of relative positions.
     """
 
     norms: layouts.Norms
@@ -55,6 +56,8 @@ class Layout:
     head_norm: str | None = None
     head_dim: int | None = None
     own: Named = ()
+    window: int | None = None
+    relative: bool = False
 
     @property
     def called(self) -> tuple[str, ...]:
@@ -65,8 +68,10 @@ class Layout:
         return layouts.COS_SIN in self.arguments or layouts.SIN_COS in self.arguments
 
     def describe(self) -> str:
-        extras = [name for name, has in (("q/k norm", self.head_norm), ("rotary", self.rotary)) if has]
-        attention = " + ".join(["fused attention", *extras, "LayerNorm" if self.post_norm else "add+LayerNorm"])
+        features = (("relative positions", self.relative), ("q/k norm", self.head_norm), ("rotary", self.rotary))
+        extras = [name for name, has in features if has]
+        where = "" if self.window is None else f" in windows of {self.window}" if self.window else " on the image"
+        attention = " + ".join([f"fused attention{where}", *extras, "LayerNorm" if self.post_norm else "add+LayerNorm"])
         if self.mlp is None:
             return f"{attention}, own MLP{self._own_parts()}"
         activation = ACTIVATION_NAMES[self.activation or ""]
@@ -93,14 +98,24 @@ def part(module: nn.Module, path: str | None) -> Any:
     return None if isinstance(found, nn.Identity) else found
 
 
+AnyLayout = Layout | multihead.MultiheadLayout | decoder.DecoderLayout
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is an attention that is served by itself: torch's, or a mask decoder's."""
+    return isinstance(module, nn.MultiheadAttention) or decoder.looks_like(module)
+
+
 # --- at match time ------------------------------------------------------------------------------------------------------
 
 
-def find_layout(block: nn.Module) -> "Layout | multihead.MultiheadLayout | str | None":
-    """The layout of a block or of a ``torch.nn.MultiheadAttention``; a reason why a module like these has none; or None for
-    a module that is neither."""
+def find_layout(block: nn.Module) -> "AnyLayout | str | None":
+    """The layout of a block, or of an attention that is served by itself (``is_attention``); a reason why a module like these
+    has none; or None for a module that is neither."""
     if isinstance(block, nn.MultiheadAttention):
         return multihead.find_layout(block)
+    if decoder.looks_like(block) and _package(block) != "fastvit":
+        return decoder.find_layout(block)
     norms = next((n for n in layouts.NORMS if child(block, n.before) is not None and child(block, n.after) is not None), None)
     if norms is None or all(child(block, name) is None for name in layouts.ATTENTION_NAMES):
         return None
@@ -124,7 +139,10 @@ def find_layout(block: nn.Module) -> "Layout | multihead.MultiheadLayout | str |
     arguments = tuple(p.name for p in list(signature.parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
     if not arguments:
         return "its forward takes no hidden states by name"
-    head_norm = _head_norm(block, attention, own)
+    window = grid.window_of(block)
+    if window is not None and len(attention.qkv) != 1:
+        return f"it has a {layouts.WINDOW} and no packed projection of queries, keys and values"
+    head_norm = _head_norm(block, attention, own, may_fuse=window is None)
     residuals = (entry.attention, entry.mlp)
     called = {*own, attention.out_norm, mlp.hidden_norm if mlp else None} - {None}
     kinds = _kinds(block, norms, attention, mlp, residuals, called)
@@ -144,6 +162,8 @@ def find_layout(block: nn.Module) -> "Layout | multihead.MultiheadLayout | str |
         head_norm=head_norm,
         head_dim=_head_dim(block, attention),
         own=tuple(own.items()),
+        window=window,
+        relative=window is not None and grid.tables(child(block, attention.owner))[0] is not None,
     )
 
 
@@ -231,12 +251,16 @@ def _head_dim(block: nn.Module, attention: layouts.Attention) -> int | None:
     return None if total is None else total // (heads if len(attention.qkv) == 3 else 3 * heads)
 
 
-def _head_norm(block: nn.Module, attention: layouts.Attention, own: dict[str, str]) -> str | None:
+def _head_norm(block: nn.Module, attention: layouts.Attention, own: dict[str, str], may_fuse: bool = True) -> str | None:
     """The kind of norm that queries and keys have, where the fused operator computes it; others are noted in ``own``."""
     norms = [(path, part(block, path)) for path in (attention.query_norm, attention.key_norm)]
     present = [(path, norm) for path, norm in norms if norm is not None]
     for kind, names, timm_name in (("layer", (nn.LayerNorm,), "LayerNorm"), ("rms", (nn.RMSNorm,), "RmsNorm")):
-        fused = len(present) == 2 and all(_plain_norm(norm, names, timm_name) and norm.eps is not None for _, norm in present)
+        fused = (
+            may_fuse
+            and len(present) == 2
+            and all(_plain_norm(norm, names, timm_name) and norm.eps is not None for _, norm in present)
+        )
         if fused and present[0][1].eps == present[1][1].eps:
             return kind
     own.update({path: f"is called as the {_name(norm)} it is" for path, norm in present if path})
@@ -340,7 +364,14 @@ def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
         return f"{layout.attention.owner} is set to causal attention"
     if drops_attention_weights(owner):
         return "dropout of the attention weights is active"
-    return None
+    return None if layout.window is None else why_not_in_windows(block, layout)
+
+
+def why_not_in_windows(block: nn.Module, layout: Layout) -> str | None:
+    """Why a block of windows of an image must run its own forward now, or None."""
+    owner = layout.attention.owner
+    called = tuple(path for path in layout.called if path.startswith(f"{owner}."))
+    return grid.why_not_in_windows(block, child(block, owner), part(block, layout.residuals[0].drop_path), called)
 
 
 def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None:

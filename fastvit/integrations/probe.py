@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import layouts
-from .block import compute, compute_multihead
+from . import decoder, grid, layouts
+from .block import compute, compute_decoder, compute_multihead
 from .call import read_call
 from .dispatched import without_hooks
 from .multihead import MultiheadCall, MultiheadLayout
-from .parts import Layout, child, drops_attention_weights
+from .parts import AnyLayout, Layout, child, drops_attention_weights, why_not_in_windows
 
 TOKENS = 3  # that have a position; class and register tokens come on top
 TOLERANCE = 2e-5  # of the largest value; erf and tanh GELU differ by more, float32 rounding by less
@@ -32,7 +32,7 @@ PLAIN_VALUES = (int, float, complex, str, bytes, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
-def signature(block: nn.Module, layout: Layout | MultiheadLayout) -> tuple:
+def signature(block: nn.Module, layout: AnyLayout) -> tuple:
     """Blocks of one signature need one proof: same kinds, same plain attributes and same buffers, of all descendants."""
     return type(block), layout, tuple((path, type(m), m.extra_repr(), *_contents(m)) for path, m in block.named_modules())
 
@@ -60,7 +60,7 @@ def _values(buffer: Tensor | None) -> Any:
     return buffer.dtype, buffer.shape, tuple(buffer.detach().flatten().tolist())
 
 
-def why_different(module: nn.Module, layout: Layout | MultiheadLayout) -> str | None:
+def why_different(module: nn.Module, layout: AnyLayout) -> str | None:
     """None when the fused computation equals the module's own forward, otherwise what went differently."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         generator = torch.Generator().manual_seed(0)
@@ -68,16 +68,19 @@ def why_different(module: nn.Module, layout: Layout | MultiheadLayout) -> str | 
         twin = _stand_in(module, generator, twins)
         if isinstance(layout, MultiheadLayout):
             return _compare_multihead(twin, generator)
+        if isinstance(layout, decoder.DecoderLayout):
+            return _compare_decoder(twin, layout, generator)
         owner = child(twin, layout.attention.owner)
         _use_sdpa(owner)
         channels = child(twin, layout.norms.before).normalized_shape[0]
         prefix = getattr(owner, layouts.PREFIX_TOKENS, 1) if layout.rotary else 0
-        x = torch.randn(2, TOKENS + prefix, channels, generator=generator)
+        shape = (TOKENS + prefix,) if layout.window is None else grid.probe_shape(layout.window)
+        x = torch.randn(2, *shape, channels, generator=generator)
         calls = _calls(layout, owner, generator)
         for training in (False, True):
             for m in twins.values():
                 m.__dict__["training"] = training
-            if training and drops_attention_weights(owner):  # then it runs its own forward
+            if training and (drops_attention_weights(owner) or why_not_in_windows(twin, layout)):  # then it runs its own forward
                 break
             for keywords in calls:
                 reason = _compare(twin, layout, x, keywords)
@@ -132,6 +135,22 @@ def _compare_multihead(twin: Any, generator: torch.Generator) -> str | None:
     with _no_fast_path():
         expected = type(twin).forward(twin, query, key, key, need_weights=False)[0]
     actual = compute_multihead(twin, MultiheadCall(query, key, key, None, False), "torch")[0]
+    error = (actual - expected).abs().max() / expected.abs().max()
+    return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
+
+
+def _compare_decoder(twin: Any, layout: decoder.DecoderLayout, generator: torch.Generator) -> str | None:
+    _use_sdpa(twin)
+    call = decoder.probe_inputs(twin, layout, generator)
+    try:
+        expected = type(twin).forward(twin, call.query, call.key, call.value)
+        actual = compute_decoder(twin, layout, call, "torch")
+    except Exception as failure:
+        return f"its forward does not take queries, keys and values alone ({type(failure).__name__}: {failure})"
+    if layout.prompts and isinstance(expected, tuple) and len(expected) == 2:
+        expected, actual = expected[0], actual[0]
+    if not isinstance(expected, Tensor) or expected.shape != call.query.shape:
+        return "its forward does not return one tensor of the queries' shape, or it and the weights"
     error = (actual - expected).abs().max() / expected.abs().max()
     return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
 

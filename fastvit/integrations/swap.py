@@ -11,24 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import multihead
-from .block import compute, compute_multihead
+from . import decoder, multihead
+from .block import compute, compute_decoder, compute_multihead
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
-from .parts import Layout, hooked, why_not_now
+from .parts import AnyLayout, Layout, hooked, why_not_now
 
 ATTRIBUTE = "_fastvit_serving"
 
 
 @dataclass
 class Serving:
-    """What a served block, or ``torch.nn.MultiheadAttention``, carries.
+    """What a served block, or an attention that is served by itself, carries.
 
     ``fallback``: why it last ran its own forward, None after a fused call.
     """
 
-    layout: Layout | MultiheadLayout
+    layout: AnyLayout
     backend: str
     next_norm: nn.LayerNorm | None = None
     fallback: str | None = None
@@ -78,6 +78,8 @@ def _derive(cls: Any) -> type:
         _note(serving, None)
         if isinstance(call, multihead.MultiheadCall):
             return compute_multihead(self, call, serving.backend)
+        if isinstance(call, decoder.DecoderCall):
+            return compute_decoder(self, serving.layout, call, serving.backend)
         out = compute(self, serving.layout, call, serving.backend, serving.next_norm)
         return out if call.present is None else nested_again(out, call.present)
 
@@ -115,10 +117,12 @@ def link(module: nn.Module, following: nn.Module) -> None:
         module.__dict__[ATTRIBUTE].next_norm = following.get_submodule(layouts[1].norms.before)
 
 
-def _read(module: nn.Module, layout: Layout | MultiheadLayout, args: tuple, kwargs: dict) -> Any:
+def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict) -> Any:
     """What a served module was called with, or the reason why its fused path does not serve this call."""
     if isinstance(layout, MultiheadLayout):
         return hooked(module, layout.kinds) or multihead.read_call(module, args, kwargs)
+    if isinstance(layout, decoder.DecoderLayout):
+        return hooked(module, layout.kinds) or decoder.read_call(module, layout, args, kwargs)
     call = read_call(module, layout, args, kwargs)
     return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None) or call
 
