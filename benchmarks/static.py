@@ -41,6 +41,7 @@ from fastvit.ops import image_attention as image_attention_op
 from fastvit.ops import layer_norm as layer_norm_op
 from fastvit.ops import linear as linear_op
 from fastvit.ops import rotary as rotary_op
+from fastvit.ops import rotary_attention as rotary_attention_op
 
 # The table's name → the GPU it is compiled for. The default table serves GPUs without one of their own; sm_89 is such a GPU,
 # with the least shared memory of those that Triton serves.
@@ -151,6 +152,15 @@ def _qk_norm_rope(dim: int, norm: str | None, interleaved: bool, dtype: torch.dt
         rotary_op.qk_norm_rope_backward(*out, query, key, *shared)
 
 
+def _rotary_attention(dim: int, norm: str | None, interleaved: bool, dtype: torch.dtype = HALF, rotate: bool = True) -> None:
+    """As above, and the values."""
+    query, key, value = _meta(2, 197, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    cos, sin = (_meta(1, 196, dim, dtype=SINGLE) if rotate else None for _ in range(2))
+    weight, bias = (_meta(dim, dtype=SINGLE) if wanted else None for wanted in (norm, norm == "layer"))
+    parameters = (weight, bias, weight, bias)
+    rotary_attention_op.rotary_attention_forward(query, key, value, cos, sin, interleaved, norm, *parameters, 1e-6, dim**-0.5)
+
+
 def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[int]:
     """One value of the shape number ``name`` for every row of ``ops``: each row's bound, and one beyond them all."""
     rows = [row for op, rows in table(target)["ops"].items() if op in ops for row in rows]
@@ -213,6 +223,16 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"qk_norm_rope fp32 D={dim} layer", partial(_qk_norm_rope, dim, "layer", False, SINGLE)
     yield "qk_norm_rope bf16 D=80 layer", partial(_qk_norm_rope, 80, "layer", False)
     yield "qk_norm_rope bf16 D=64 rms, not rotated", partial(_qk_norm_rope, 64, "rms", False, rotate=False)
+
+    whens = [row["when"] for row in table(target)["ops"]["rotary_attention"]]
+    corners = {(when.get("element_size", 4), when.get("head_dim", 256)) for when in whens}
+    for element_size, dim in sorted(corners | {(2, 64), (2, 80)}):
+        name, dtype = ("bf16", HALF) if element_size == 2 else ("fp32", SINGLE)
+        yield f"rotary_attention {name} D={dim}", partial(_rotary_attention, dim, None, False, dtype)
+        yield f"rotary_attention {name} D={dim} interleaved", partial(_rotary_attention, dim, None, True, dtype)
+        yield f"rotary_attention {name} D={dim} layer interleaved", partial(_rotary_attention, dim, "layer", True, dtype)
+    yield "rotary_attention bf16 D=64 layer", partial(_rotary_attention, 64, "layer", False)
+    yield "rotary_attention bf16 D=64 rms, not rotated", partial(_rotary_attention, 64, "rms", False, rotate=False)
 
 
 @dataclass
@@ -378,6 +398,7 @@ _MATRIX_OPS = (
     "attention_backward_query",
     "attention_backward_key",
     "attention_backward_mask",
+    "rotary_attention",
     "image_attention_forward",
     "image_attention_backward_query",
     "image_attention_backward_key",

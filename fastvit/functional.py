@@ -3,8 +3,8 @@
 Shapes: B batch, H heads, N queries, M keys, D head dim, C = H·D channels. Floating-point tensors of one dtype
 (float32, bfloat16, float16; float64 on the torch backend) and one device, of any strides; results are fresh tensors.
 Under autocast, operators behave as PyTorch's: ``attention``, ``linear`` and ``mlp`` compute in the autocast dtype,
-the norms in float32; ``glu`` and ``qk_norm_rope`` keep the dtype they are given. ``fastvit.reference`` holds the same
-functions in plain PyTorch: the specification.
+the norms in float32; ``glu`` and ``qk_norm_rope`` keep the dtype they are given, and ``rotary_attention`` is ``qk_norm_rope``,
+then ``attention``. ``fastvit.reference`` holds the same functions in plain PyTorch: the specification.
 
 Wrong input raises ``TypeError`` (not a tensor of a dtype above, mixed dtypes, not a number) or ``ValueError``
 (shapes, devices, head_dim over 256, a negative eps), naming the argument, its shape and what was expected.
@@ -21,9 +21,20 @@ from .ops import image_attention as _image_attention_op
 from .ops import layer_norm as _layer_norm_op
 from .ops import linear as _linear_op
 from .ops import rotary as _rotary_op
+from .ops import rotary_attention as _rotary_attention_op
 from .ops import torch_backend, torch_image_attention
 
-__all__ = ["add_layer_norm", "attention", "glu", "image_attention", "layer_norm", "linear", "mlp", "qk_norm_rope"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "glu",
+    "image_attention",
+    "layer_norm",
+    "linear",
+    "mlp",
+    "qk_norm_rope",
+    "rotary_attention",
+]
 
 
 def _autocast(device_type: str, *tensors: Tensor | None, to_float32: bool = False) -> tuple:
@@ -260,9 +271,70 @@ def qk_norm_rope(
     """
     params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
     _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, **params)
-    cos, sin = (t if t is None else t.reshape(-1, *t.shape[-2:]) if t.dim() != 4 else t.squeeze(1) for t in (cos, sin))
+    cos, sin = _tables(cos), _tables(sin)
     op = _rotary_op if resolve(query) == "triton" else torch_backend
     return op.qk_norm_rope(query, key, cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps)
+
+
+def _tables(table: Tensor | None) -> Tensor | None:
+    """cos or sin of any accepted shape as (1 or B, T, D)."""
+    if table is None:
+        return None
+    return table.squeeze(1) if table.dim() == 4 else table.reshape(-1, *table.shape[-2:])
+
+
+def rotary_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    norm: str | None = None,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """``attention`` over the queries and keys of ``qk_norm_rope``, whose arguments these are.
+
+    On Triton, without gradients or masks and up to as many tokens as the GPU's tuning table says, one kernel normalizes
+    and rotates queries and keys as it loads them, and neither is written to memory; everywhere else it is the two operators.
+
+    Args:
+        value: (B, Hk, N, Dv), Dv from 1 to 256.
+        attn_mask, is_causal, scale: as in ``attention``.
+
+    Returns:
+        (B, H, N, Dv). Differentiable in query, key, value, weights, biases and an additive attn_mask.
+
+    Raises:
+        ValueError: neither tables nor a norm, one table without the other, or a table that requires a gradient.
+    """
+    params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
+    if attn_mask is None and is_causal is False and _triton_attends(query, key, value):
+        _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, **params)
+        _checks.check_attention(query, key, value, None, None, None, is_causal, scale)
+        tables, parameters = (_tables(cos), _tables(sin)), (query_weight, query_bias, key_weight, key_bias)
+        scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+        return _rotary_attention_op.rotary_attention(query, key, value, *tables, interleaved, norm, *parameters, eps, scale)
+    query, key = qk_norm_rope(query, key, cos, sin, interleaved=interleaved, norm=norm, eps=eps, **params)
+    return attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+
+
+def _triton_attends(*tensors: Tensor) -> bool:
+    """Whether ``attention`` would hand these to Triton without a cast between a norm or rotation and itself."""
+    if not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    device_type = tensors[0].device.type
+    if torch.is_autocast_enabled(device_type) and any(t.dtype != torch.get_autocast_dtype(device_type) for t in tensors):
+        return False
+    return resolve(tensors[0], float32_products=True) == "triton"
 
 
 def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:

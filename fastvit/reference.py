@@ -207,6 +207,30 @@ def qk_norm_rope(
     )
 
 
+def rotary_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    interleaved: bool = False,
+    norm: str | None = None,
+    query_weight: Tensor | None = None,
+    query_bias: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    key_bias: Tensor | None = None,
+    eps: float = 1e-6,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """attention(*qk_norm_rope(query, key), value), (B,H,N,D), (B,Hk,N,D), (B,Hk,N,Dv) → (B,H,N,Dv)."""
+    params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
+    query, key = qk_norm_rope(query, key, cos, sin, interleaved=interleaved, norm=norm, eps=eps, **params)
+    return attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+
+
 def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:
     """activation(gate)·value (Shazeer 2020); beside ``activate``'s, silu: x·σ(x) and sigmoid: σ(x)."""
     if activation == "silu":
