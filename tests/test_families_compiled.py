@@ -35,7 +35,7 @@ def uncompiled(model, inputs):
         return without_gradients(model, inputs)
 
 
-@pytest.mark.parametrize("key", MECHANISMS)
+@pytest.mark.parametrize("key", [pytest.param(k, marks=pytest.mark.slow) if k.startswith("hf") else k for k in MECHANISMS])
 def test_the_whole_graph_compiles(key):
     model, inputs = build(key)
     expected, trained = uncompiled(model, inputs), gradients(model, inputs)
