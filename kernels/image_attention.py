@@ -109,6 +109,35 @@ def relative_tile(rel_rows, first, size, inside, COUNT: tl.constexpr):
     return tl.load(rel_rows[:, None] + position[None, :], mask=present, other=0.0).to(tl.float32) * 1.4426950408889634
 
 
+@triton.jit
+def table_products(
+    q,
+    q_tail,
+    table_ptr,  # [2 · size − 1, D]
+    size,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    TABLE: tl.constexpr,  # at least 2 · size − 1
+    INPUT_PRECISION: tl.constexpr,
+):
+    """Each query with the whole table, its rows in reverse, in units of log2: [BLOCK_M, TABLE]."""
+    place = tl.arange(0, TABLE)
+    rows, inside = table_ptr + (2 * size - 2 - place) * DIM, place < 2 * size - 1
+    products = tl.dot(q, tl.trans(load_rows(rows, inside, 0, MAIN, DIM, True)), input_precision=INPUT_PRECISION)
+    if TAIL > 0:
+        tail = load_rows(rows, inside, MAIN, TAIL, DIM, True)
+        products = tl.dot(q_tail, tl.trans(tail), products, input_precision=INPUT_PRECISION)
+    return products * 1.4426950408889634
+
+
+@triton.jit
+def relative_from_products(products, position, first, size, TABLE: tl.constexpr, COUNT: tl.constexpr):
+    """What ``relative_tile`` loads, gathered from ``table_products`` for queries at ``position`` in their window."""
+    place = size - 1 - position[:, None] + first + tl.arange(0, COUNT)[None, :]
+    return tl.gather(products, tl.minimum(tl.maximum(place, 0), TABLE - 1), axis=1)
+
+
 def pad_kind(qkv: torch.Tensor, window: tuple[int, int], pad: torch.Tensor | None) -> str:
     """How padded keys are read: "none" (there are none), "zeros", by "address", or by "value" after the load.
 

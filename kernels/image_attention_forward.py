@@ -4,7 +4,8 @@
 
 Shapes: qkv [B, Hi, Wi, 3·H·D] of any strides with the last one 1, pad [3·H·D] (what every padded key and value is; None for
 zeros), rel_h [B, H, Hi·Wi, h] and rel_w [B, H, Hi·Wi, w] or None, out [B, Hi, Wi, H·D] and lse [B, H, Hi·Wi] float32, all
-contiguous. lse, m + log2(l), is saved for backward. Windows (h, w) of any size, the whole image among them; head dims
+contiguous. For small windows the tables come in place of rel_h and rel_w, which the kernel makes of them: one launch less.
+lse, m + log2(l), is saved for backward. Windows (h, w) of any size, the whole image among them; head dims
 1 … 256 in two pieces.
 Online softmax after Dao 2023, FlashAttention-2, algorithm 1; the attention is that of Kirillov et al. 2023, Segment
 Anything, appendix A. Reference: ``fastvit.reference.image_attention``.
@@ -20,9 +21,11 @@ from .image_attention import (
     load_keys,
     load_rows,
     queries_of,
+    relative_from_products,
     relative_tile,
     row_for,
     store_rows,
+    table_products,
     tile_arguments,
     window_arguments,
     window_corner,
@@ -34,8 +37,8 @@ from .image_attention import (
 def _image_attention_forward(
     qkv_ptr,  # [B, Hi, Wi, 3, H, D]
     pad_ptr,  # [3, H, D] or None
-    rel_h_ptr,  # [B, H, Hi·Wi, h] or None
-    rel_w_ptr,  # [B, H, Hi·Wi, w] or None
+    rel_h_ptr,  # [B, H, Hi·Wi, h], with TABLE the table [2h − 1, D], or None
+    rel_w_ptr,  # [B, H, Hi·Wi, w], with TABLE the table [2w − 1, D], or None
     out_ptr,  # [B, Hi, Wi, H, D]
     lse_ptr,  # [B, H, Hi·Wi]
     heads,
@@ -60,6 +63,7 @@ def _image_attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
+    TABLE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     KEY_ROWS: tl.constexpr = BLOCK_N // KEY_COLUMNS
@@ -91,13 +95,18 @@ def _image_attention_forward(
     tokens = height * width
     index = (batch * heads + head) * tokens + token
     rel_h_rows, rel_w_rows = rel_h_ptr, rel_w_ptr
-    if HAS_REL:
+    if HAS_REL and TABLE > 0:
+        products_h = table_products(q, q_tail, rel_h_ptr, window_h, DIM, MAIN, TAIL, TABLE, INPUT_PRECISION)
+        products_w = table_products(q, q_tail, rel_w_ptr, window_w, DIM, MAIN, TAIL, TABLE, INPUT_PRECISION)
+    elif HAS_REL:
         rel_h_rows, rel_w_rows = rel_h_ptr + index * window_h, rel_w_ptr + index * window_w
 
     # One pass wherever a row of keys fits a tile: rel_w is then loaded once, and the compiler sees a single loop.
     for across in range(0, PASSES):
         key_column = across * KEY_COLUMNS
-        if HAS_REL:
+        if HAS_REL and TABLE > 0:
+            rel_w = relative_from_products(products_w, place % columns, key_column, window_w, TABLE, KEY_COLUMNS)
+        elif HAS_REL:
             rel_w = relative_tile(rel_w_rows, key_column, window_w, inside, KEY_COLUMNS)
         for key_row in range(0, window_h, KEY_ROWS):
             offset, exists, real = key_tile(
@@ -112,7 +121,10 @@ def _image_attention_forward(
                 k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
             scores *= scale * 1.4426950408889634
-            if HAS_REL:
+            if HAS_REL and TABLE > 0:
+                rel_h = relative_from_products(products_h, place // columns, key_row, window_h, TABLE, KEY_ROWS)
+                scores += (rel_h[:, :, None] + rel_w[:, None, :]).reshape(BLOCK_M, BLOCK_N)
+            elif HAS_REL:
                 if KEY_ROWS == 1:
                     rel_h = tl.load(rel_h_rows + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
                     scores += rel_w + rel_h[:, None]
@@ -142,6 +154,12 @@ def _image_attention_forward(
         store_rows(out_rows, acc_tail * inverse, inside, MAIN, TAIL, DIM)
 
 
+def table_size(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
+    """TABLE: the rows of a table that the kernel multiplies with itself, or 0 where it wants rel_h and rel_w instead."""
+    size = row_for("image_attention_forward", qkv, heads, window)[0].get("TABLE", 0)
+    return size if 2 * max(window) - 1 <= size else 0
+
+
 def launch_image_attention_forward(
     qkv: torch.Tensor,
     pad: torch.Tensor | None,
@@ -153,7 +171,7 @@ def launch_image_attention_forward(
     out: torch.Tensor,
     lse: torch.Tensor,
 ) -> None:
-    """Fills out and lse."""
+    """Fills out and lse; rel_h and rel_w are the tables where there is a ``table_size``."""
     row, tile = row_for("image_attention_forward", qkv, heads, window)
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
@@ -171,6 +189,7 @@ def launch_image_attention_forward(
         windows_across=across,
         tiles=tiles,
         scale=scale,
+        TABLE=table_size(qkv, heads, window),
         HAS_REL=rel_h is not None,
         **tile_arguments(tile, window),
         **window_arguments(qkv, heads, window, pad),

@@ -1,7 +1,7 @@
 """Image attention on the Triton kernels: raw operators, shape functions and the autograd Function.
 
 qkv is read where it lies, any strides but the last, and its gradient is written in one packed tensor. Backward keeps qkv,
-the output, one float32 a row (lse) and the relative positions of each query (h + w numbers), never a score.
+the output and one float32 a row (lse), never a score; relative positions are computed again.
 """
 
 import torch
@@ -19,18 +19,28 @@ def image_attention_forward(
     window: list[int],
     scale: float,
 ):
-    """Returns (out, lse, rel_h, rel_w), the last two empty without tables; ``window`` (h, w), tables (2h − 1, D), (2w − 1, D)."""
-    from ..kernels import image_attention_forward as attention_kernel
-    from ..kernels import image_attention_positions as positions_kernel
+    """Returns (out, lse); ``window`` (h, w), tables (2h − 1, D) and (2w − 1, D)."""
+    from ..kernels import image_attention_forward as kernel
 
-    out, lse, rel_h, rel_w = _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
+    out, lse = _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
     qkv, pad, size = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1])
     rel: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if rel_pos_h is not None and rel_pos_w is not None:
-        rel = rel_h, rel_w
-        positions_kernel.launch_positions(qkv, (rel_pos_h.contiguous(), rel_pos_w.contiguous()), num_heads, size, *rel)
-    attention_kernel.launch_image_attention_forward(qkv, pad, *rel, num_heads, size, scale, out, lse)
-    return out, lse, rel_h, rel_w
+        rel = rel_pos_h.contiguous(), rel_pos_w.contiguous()
+        if not kernel.table_size(qkv, num_heads, size):
+            rel = _positions(qkv, rel, num_heads, size)
+    kernel.launch_image_attention_forward(qkv, pad, *rel, num_heads, size, scale, out, lse)
+    return out, lse
+
+
+def _positions(qkv: Tensor, tables: tuple[Tensor, Tensor], num_heads: int, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """rel_h (B, H, Hi·Wi, h) and rel_w (B, H, Hi·Wi, w)."""
+    from ..kernels.image_attention_positions import launch_positions
+
+    batch, height, width, _ = qkv.shape
+    rel_h, rel_w = (qkv.new_empty(batch, num_heads, height * width, size) for size in window)
+    launch_positions(qkv, tables, num_heads, window, rel_h, rel_w)
+    return rel_h, rel_w
 
 
 def image_attention_backward(
@@ -41,8 +51,6 @@ def image_attention_backward(
     pad_qkv: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    rel_h: Tensor,
-    rel_w: Tensor,
     num_heads: int,
     window: list[int],
     scale: float,
@@ -65,10 +73,12 @@ def image_attention_backward(
     qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
     delta = torch.empty_like(lse)
     launch_delta(_by_head(out, num_heads), _by_head(dout, num_heads), delta)
-    inputs = (qkv, pad, *((None, None) if tables is None else (rel_h, rel_w)), num_heads, size, scale, dout, lse, delta, dqkv)
-    if tables is None:
+    rel = None if tables is None else _positions(qkv, tables, num_heads, size)
+    inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale, dout, lse, delta, dqkv)
+    if tables is None or rel is None:
         query_kernel.launch_image_attention_backward_query(*inputs, None, None)
     else:
+        rel_h, rel_w = rel
         passes = query_kernel.passes_of(qkv, num_heads, size)
         parts = rel_h.new_empty(passes, *rel_h.shape, dtype=rel_h.dtype if passes == 1 else torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
@@ -108,30 +118,24 @@ def _table_gradient(lines: Tensor, size: int) -> Tensor:
 
 def _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
     batch, height, width, channels = qkv.shape
-    tokens = height * width
     out = qkv.new_empty(batch, height, width, channels // 3)
-    lse = qkv.new_empty(batch, num_heads, tokens, dtype=torch.float32)
-    if rel_pos_h is None:
-        return out, lse, qkv.new_empty(0), qkv.new_empty(0)
-    return out, lse, *(qkv.new_empty(batch, num_heads, tokens, size) for size in window)
+    return out, qkv.new_empty(batch, num_heads, height * width, dtype=torch.float32)
 
 
-def _fake_backward(
-    grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, out, lse, rel_h, rel_w, num_heads, window, scale, wants_tables, wants_pad
-):
+def _fake_backward(grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, out, lse, num_heads, window, scale, wants_tables, wants_pad):
     likes = (rel_pos_h if wants_tables else None, rel_pos_w if wants_tables else None, pad_qkv if wants_pad else None)
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(0 if like is None else like.shape) for like in likes)
 
 
 define(
     "image_attention_forward(Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, SymInt num_heads,"
-    " SymInt[] window, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    " SymInt[] window, float scale) -> (Tensor, Tensor)",
     image_attention_forward,
     _fake_forward,
 )
 define(
     "image_attention_backward(Tensor grad, Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, Tensor out,"
-    " Tensor lse, Tensor rel_h, Tensor rel_w, SymInt num_heads, SymInt[] window, float scale, bool wants_tables,"
+    " Tensor lse, SymInt num_heads, SymInt[] window, float scale, bool wants_tables,"
     " bool wants_pad) -> (Tensor, Tensor, Tensor, Tensor)",
     image_attention_backward,
     _fake_backward,
@@ -139,7 +143,7 @@ define(
 
 
 class ImageAttention(Operator):
-    """(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale) → (out, lse, rel_h, rel_w); out alone carries a gradient."""
+    """(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale) → (out, lse); lse carries no gradient."""
 
     @staticmethod
     def forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
@@ -148,11 +152,11 @@ class ImageAttention(Operator):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.num_heads, ctx.window, ctx.scale = inputs
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx, grad, *_others):
+    def backward(ctx, grad, _lse):
         wants = ctx.needs_input_grad
         options = (ctx.num_heads, ctx.window, ctx.scale, wants[1] or wants[2], wants[3])
         grads = run_backward(torch.ops.fastvit.image_attention_backward, grad, *ctx.saved_tensors, *options)
