@@ -1,5 +1,24 @@
 """Segment Anything (Kirillov et al. 2023) on the fused operators, with the names of its published checkpoints."""
 
+from .checkpoints import CheckpointError, load_sam, to_huggingface_state_dict
 from .image_encoder import ImageEncoder
+from .mask_decoder import MaskDecoder
+from .prompt_encoder import PromptEncoder
+from .sam import Sam, build_sam
+from .transformer import TwoWayTransformer
+from .variants import sam_vit_b, sam_vit_h, sam_vit_l
 
-__all__ = ["ImageEncoder"]
+__all__ = [
+    "CheckpointError",
+    "ImageEncoder",
+    "MaskDecoder",
+    "PromptEncoder",
+    "Sam",
+    "TwoWayTransformer",
+    "build_sam",
+    "load_sam",
+    "sam_vit_b",
+    "sam_vit_h",
+    "sam_vit_l",
+    "to_huggingface_state_dict",
+]

@@ -90,7 +90,7 @@ class ImageEncoder(nn.Module):
         dim: channels of a token.
         depth: encoder blocks.
         num_heads: heads of each; they divide ``dim``.
-        mlp_ratio: hidden channels of each MLP in multiples of ``dim``.
+        mlp_ratio: hidden channels of each MLP in multiples of ``dim``, rounded to the nearest number.
         out_channels: channels of the embeddings.
         window_size: side of the windows that blocks attend within.
         global_attention: indices of the blocks that attend to the whole image.
@@ -129,7 +129,7 @@ class ImageEncoder(nn.Module):
         self.patch_embed = PatchEmbedding(patch_size, in_channels, dim, **factory)
         self.pos_embed = nn.Parameter(torch.zeros(1, grid, grid, dim, **factory))
         windows = (0 if index in global_attention else window_size for index in range(depth))
-        mlp_dim = int(dim * mlp_ratio)
+        mlp_dim = max(1, round(dim * mlp_ratio))
         self.blocks = nn.ModuleList(EncoderBlock(dim, num_heads, mlp_dim, grid, w, norm_eps, **factory) for w in windows)
         self.neck = nn.Sequential(
             nn.Conv2d(dim, out_channels, 1, bias=False, **factory),
