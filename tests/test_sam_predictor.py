@@ -1,0 +1,263 @@
+"""``SamPredictor`` beside segment_anything's, on photographs: the same masks, scores and low-resolution logits."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("segment_anything")
+pytest.importorskip("skimage")
+
+from segment_anything import SamPredictor as Original
+from segment_anything.utils.transforms import ResizeLongestSide as OriginalResize
+
+import fastvit
+from fastvit import SamPredictor
+from fastvit.pipelines import ResizeLongestSide
+from tests.small_sam import GRID, SIDE, iou, own_sam, photograph, small_sam
+
+PROMPTS = {
+    "a point": {"point_coords": [[225, 120]], "point_labels": [1]},
+    "points, one for the background": {"point_coords": [[225, 120], [10, 290]], "point_labels": [1, 0]},
+    "a point and one that is none": {"point_coords": [[225, 120], [0, 0]], "point_labels": [1, -1]},
+    "a point in the corner": {"point_coords": [[450, 299]], "point_labels": [1]},
+    "points beyond the picture": {"point_coords": [[-20.5, 400], [451, 300]], "point_labels": [1, 0]},
+    "a box": {"box": [120, 40, 330, 280]},
+    "the whole picture as a box": {"box": [0, 0, 451, 300]},
+    "a box and points": {"box": [120, 40, 330, 280], "point_coords": [[225, 120]], "point_labels": [0]},
+    "nothing": {},
+}
+
+
+@pytest.fixture(scope="module")
+def sam():
+    return small_sam()
+
+
+@pytest.fixture
+def predictor(sam):
+    predictor = SamPredictor(sam)
+    predictor.set_image(photograph())
+    return predictor
+
+
+@pytest.fixture
+def original(sam):
+    predictor = Original(sam)
+    predictor.set_image(photograph())
+    return predictor
+
+
+def arrays(prompt: dict) -> dict:
+    return {name: np.array(value) for name, value in prompt.items()}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("multimask", [True, False])
+def test_masks_and_scores_are_the_originals(prompt, multimask, predictor, original):
+    for logits in (False, True):
+        options = {**arrays(prompt), "multimask_output": multimask, "return_logits": logits}
+        expected, actual = original.predict(**options), predictor.predict(**options)
+        for left, right in zip(expected, actual, strict=True):
+            assert left.dtype == right.dtype
+            np.testing.assert_array_equal(left, right)
+    assert expected[0].shape == (3 if multimask else 1, 300, 451)
+    assert expected[0].std() > 0.1, "the masks differ from a constant"
+
+
+def test_a_mask_is_a_prompt_for_the_next_call(predictor, original):
+    low_res = original.predict(**arrays(PROMPTS["a point"]))[2][1:2]
+    assert low_res.shape == (1, 4 * GRID, 4 * GRID)
+    for prompt in ({}, PROMPTS["a box"]):
+        expected = original.predict(**arrays(prompt), mask_input=low_res)
+        actual = predictor.predict(**arrays(prompt), mask_input=low_res)
+        np.testing.assert_array_equal(expected[0], actual[0])
+        np.testing.assert_array_equal(expected[1], actual[1])
+    assert not np.array_equal(actual[2], predictor.predict(**arrays(prompt))[2]), "the mask is seen"
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_fastvits_own_sam_gives_the_same_masks(prompt, sam, original):
+    predictor = SamPredictor(own_sam(sam))
+    predictor.set_image(photograph())
+    expected, actual = original.predict(**arrays(prompt)), predictor.predict(**prompt)
+    assert min(iou(left, right) for left, right in zip(expected[0], actual[0], strict=True)) >= 0.999
+    for left, right in zip(expected[1:], actual[1:], strict=True):
+        np.testing.assert_allclose(right, left, rtol=0, atol=1e-5 * np.abs(left).max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision(dtype, sam, original):
+    """Prompts come in and masks go out in float32; the numbers are those of half precision."""
+    predictor = SamPredictor(own_sam(sam).to(dtype))
+    predictor.set_image(photograph())
+    assert predictor.get_image_embedding().dtype == dtype
+    low_res = original.predict(**arrays(PROMPTS["a point"]))[2][:1]
+    for prompt in (PROMPTS["a box and points"], {"mask_input": low_res}):
+        expected, actual = original.predict(**arrays(prompt), return_logits=True), predictor.predict(**prompt, return_logits=True)
+        for left, right in zip(expected, actual, strict=True):
+            assert right.dtype == np.float32
+            assert np.abs(right - left).max() < 0.1 * np.abs(left).max()
+
+
+@pytest.mark.parametrize("name", ["coffee", "astronaut"])
+@pytest.mark.parametrize("image_format", ["RGB", "BGR"])
+def test_channel_orders_and_other_photographs(name, image_format, sam):
+    picture = photograph(name)[:, :400]
+    results = []
+    for predictor in (Original(sam), SamPredictor(sam)):
+        predictor.set_image(picture, image_format)
+        results.append(predictor.predict(np.array([[200, 100]]), np.array([1]), return_logits=True))
+        assert predictor.original_size == picture.shape[:2]
+        assert max(predictor.input_size) == SIDE
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+
+
+def test_a_model_that_wants_bgr_gets_it(sam, monkeypatch):
+    monkeypatch.setattr(sam, "image_format", "BGR", raising=False)
+    embeddings = []
+    for predictor in (Original(sam), SamPredictor(sam)):
+        predictor.set_image(photograph())
+        embeddings.append(predictor.get_image_embedding())
+    assert torch.equal(*embeddings)
+
+
+def test_pillow_pictures_are_taken_in_any_mode(sam, predictor):
+    expected = predictor.get_image_embedding()
+    for picture in (Image.fromarray(photograph()), Image.fromarray(photograph()).convert("RGBA")):
+        other = SamPredictor(sam)
+        other.set_image(picture, "BGR")  # the order of an array's channels: a Pillow picture says its own
+        assert torch.equal(other.get_image_embedding(), expected)
+    grey = SamPredictor(sam)
+    grey.set_image(Image.fromarray(photograph()).convert("L"))
+    assert grey.get_image_embedding().shape == expected.shape
+
+
+def test_batches_of_prompts_give_what_each_gives_alone(predictor, original):
+    points = torch.tensor([[[225.0, 120.0]], [[40.0, 30.0]], [[450.0, 299.0]]])
+    scaled = predictor.transform.apply_coords_torch(points, (300, 451))
+    labels = torch.ones(3, 1, dtype=torch.int)
+    masks, quality, low_res = predictor.predict_torch(scaled, labels)
+    for left, right in zip(original.predict_torch(scaled, labels), (masks, quality, low_res), strict=True):
+        assert torch.equal(left, right)
+    for row in range(3):
+        single = predictor.predict(points[row].numpy(), np.array([1]))
+        assert min(iou(a, b) for a, b in zip(single[0], masks[row].numpy(), strict=True)) >= 0.999
+        np.testing.assert_allclose(single[1], quality[row].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_picture_is_encoded_once(sam):
+    calls = []
+    handle = sam.image_encoder.register_forward_hook(lambda *_: calls.append(1))
+    predictor = SamPredictor(sam)
+    predictor.set_image(photograph())
+    for prompt in PROMPTS.values():
+        predictor.predict(**prompt)
+    handle.remove()
+    assert len(calls) == 1
+
+
+def test_nothing_is_left_of_a_picture_that_is_reset(predictor):
+    predictor.reset_image()
+    assert predictor.features is None
+    for call in (predictor.predict, predictor.get_image_embedding, lambda: predictor.predict_torch(None, None)):
+        with pytest.raises(RuntimeError, match="call set_image"):
+            call()
+
+
+def test_no_gradient_is_recorded():
+    sam = small_sam().requires_grad_(True)
+    predictor = SamPredictor(sam)
+    predictor.set_image(photograph())
+    assert not predictor.get_image_embedding().requires_grad
+    assert not predictor.predict_torch(None, None, torch.tensor([[1.0, 2.0, 30.0, 40.0]]), return_logits=True)[0].requires_grad
+
+
+# Scaling
+
+
+SIZES = [(300, 451), (451, 300), (64, 64), (10, 7), (1, 60), (1000, 16), (63, 64), (65, 64), (129, 200)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_pixels_and_coordinates_are_scaled_as_the_original_does(size):
+    ours, theirs = ResizeLongestSide(SIDE), OriginalResize(SIDE)
+    picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(ours.apply_image(picture), theirs.apply_image(picture))
+    points = np.random.default_rng(1).uniform(-5, 500, (6, 2))
+    for given in (points, points.round().astype(int), points.astype(np.float32)):
+        np.testing.assert_array_equal(ours.apply_coords(given, size), theirs.apply_coords(given, size))
+    np.testing.assert_array_equal(ours.apply_boxes(points.reshape(3, 4), size), theirs.apply_boxes(points.reshape(3, 4), size))
+    tensor = torch.from_numpy(points)
+    assert torch.equal(ours.apply_coords_torch(tensor, size), theirs.apply_coords_torch(tensor, size))
+    boxes = tensor.view(3, 4)
+    assert torch.equal(ours.apply_boxes_torch(boxes, size), theirs.apply_boxes_torch(boxes, size))
+    assert torch.equal(tensor, torch.from_numpy(points)), "the points given are not written to"
+
+
+def test_pictures_in_tensors_are_scaled_to_the_same_size():
+    pixels = torch.from_numpy(photograph()).permute(2, 0, 1)[None].float()
+    scaled = ResizeLongestSide(SIDE).apply_image_torch(pixels)
+    expected = torch.from_numpy(ResizeLongestSide(SIDE).apply_image(photograph())).permute(2, 0, 1)[None].float()
+    assert scaled.shape == expected.shape == (1, 3, 43, 64)
+    assert (scaled - expected).abs().max() < 1, "less than one of 255 levels"
+
+
+# What is refused
+
+
+BAD_CALLS = [
+    ({"point_coords": [[1, 2]]}, ValueError, "point_labels is None"),
+    ({"point_labels": [1]}, ValueError, "point_coords is None"),
+    ({"point_coords": [1, 2], "point_labels": [1]}, ValueError, r"point_coords has shape \(2,\); expected \(N, 2\)"),
+    ({"point_coords": [[1, 2], [3, 4]], "point_labels": [1]}, ValueError, r"point_labels has shape \(1,\); expected \(2,\)"),
+    ({"point_coords": [[1, 2]], "point_labels": [7]}, ValueError, r"point_labels is \[7\]"),
+    ({"point_coords": [[1, float("nan")]], "point_labels": [1]}, ValueError, "point_coords holds numbers that are not finite"),
+    ({"point_coords": [["a", "b"]], "point_labels": [1]}, TypeError, "point_coords has dtype"),
+    ({"box": [1, 2, 3]}, ValueError, r"box has shape \(3,\); expected \(4,\)"),
+    ({"box": [[1, 2, 3, 4], [1, 2, 3, 4]]}, ValueError, r"box has shape \(2, 4\); expected \(1, 4\)"),
+    ({"mask_input": np.zeros((1, 8, 8))}, ValueError, r"mask_input has shape \(1, 8, 8\); expected \(1, 32, 32\)"),
+]
+
+
+@pytest.mark.parametrize(("prompt", "error", "says"), BAD_CALLS)
+def test_prompts_that_do_not_fit_are_refused(prompt, error, says, predictor):
+    with pytest.raises(error, match=says):
+        predictor.predict(**prompt)
+
+
+BAD_IMAGES = [
+    (photograph() / 255, TypeError, "image has dtype float64; expected uint8"),
+    (photograph()[..., 0], ValueError, r"image has shape \(300, 451\); expected \(H, W, 3\)"),
+    (np.zeros((0, 5, 3), np.uint8), ValueError, "at least one pixel"),
+    (np.zeros((1, 500, 3), np.uint8), ValueError, "image is 1×500 pixels"),
+    ("cat.jpg", TypeError, "image is str"),
+]
+
+
+@pytest.mark.parametrize(("image", "error", "says"), BAD_IMAGES, ids=[case[2] for case in BAD_IMAGES])
+def test_pictures_that_are_none_are_refused(image, error, says, sam):
+    with pytest.raises(error, match=says):
+        SamPredictor(sam).set_image(image)
+
+
+def test_other_mistakes_are_named(sam, predictor):
+    with pytest.raises(ValueError, match="image_format is 'HSV'"):
+        predictor.set_image(photograph(), "HSV")
+    with pytest.raises(ValueError, match=r"expected \(1, 3, H, W\) with a longest side of 64"):
+        predictor.set_torch_image(torch.zeros(1, 3, 60, 60), (60, 60))
+    with pytest.raises(ValueError, match="belong together"):
+        predictor.predict_torch(torch.zeros(1, 1, 2), None)
+    with pytest.raises(TypeError, match="sam_model is Linear, without image_encoder"):
+        SamPredictor(torch.nn.Linear(2, 2))
+    assert predictor.device == torch.device("cpu")
+
+
+def test_a_box_may_have_a_dimension_in_front(predictor):
+    box = np.array([120, 40, 330, 280])
+    np.testing.assert_array_equal(predictor.predict(box=box)[0], predictor.predict(box=box[None])[0])
+
+
+def test_it_is_reached_from_the_package():
+    assert fastvit.SamPredictor is SamPredictor
+    assert "SamPredictor" in dir(fastvit)
