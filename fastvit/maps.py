@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .integrations import probe, swap
 from .integrations.block import queries_and_keys
 from .integrations.call import read_call
-from .integrations.parts import Layout, find_layout, is_attention
+from .integrations.parts import Layout, find_layout, is_no_encoder_block
 from .nn import EncoderBlock
 
 __all__ = ["attention_maps", "attention_rollout"]
@@ -170,7 +170,7 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     what goes around it is not known."""
     inside: list[str] = []
     for name, module in model.named_modules():
-        if is_attention(module) or any(name.startswith(f"{block}.") or not block for block in inside):
+        if is_no_encoder_block(module) or any(name.startswith(f"{block}.") or not block for block in inside):
             continue
         found = isinstance(module, EncoderBlock) or swap.is_served(module) or find_layout(module)
         if found:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import backend, functional, reference
 from ..ops import torch_backend, torch_image_attention
-from . import decoder, grid, handoff, layouts, multihead
+from . import decoder, grid, handoff, layouts, multihead, two_way
 from .call import Call
 from .parts import Layout, child, part
 
@@ -108,6 +108,18 @@ def compute_decoder(module: Any, layout: decoder.DecoderLayout, call: decoder.De
     chosen = choose_backend(pinned, call.query)
     with _held_to(chosen, call.query):
         return decoder.compute(module, layout, TRITON if chosen == "triton" else TORCH, call)
+
+
+def compute_two_way(module: Any, layout: two_way.TwoWayLayout, call: two_way.TwoWayCall, pinned: str = "auto") -> Any:
+    """The outputs of a mask decoder's two-way block for a call."""
+    chosen = choose_backend(pinned, call.tokens)
+    with _held_to(chosen, call.tokens):
+        ops = TRITON if chosen == "triton" else TORCH
+
+        def add_norm(residual: Tensor, branch: Tensor, norm: Any, owned: bool) -> Tensor:
+            return _add_norm(ops, chosen, residual, branch, None, owned, norm)[0]
+
+        return two_way.compute(module, layout, ops, call, add_norm, functools.partial(_mlp, module, layout, ops))
 
 
 def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
@@ -264,7 +276,7 @@ def _scale(owner: Any, head_dim: int) -> float:
     return head_dim**-0.5
 
 
-def _mlp(block: nn.Module, layout: Layout, ops: Any, x: Tensor) -> Tensor:
+def _mlp(block: nn.Module, layout: Any, ops: Any, x: Tensor) -> Tensor:
     if layout.mlp is None:
         return block.get_submodule(layouts.OPAQUE_MLP)(x)
     names = layout.mlp

@@ -19,6 +19,7 @@ from .multihead import PLAIN_TENSORS
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 OUT = "out_proj"
 INNER_WIDTH = "internal_dim"
+DROPS = ("dropout_p", "dropout", "attention_dropout")  # of the weights, in training
 ARGUMENTS = (("q", "k", "v"), ("query", "key", "value"))  # the second is transformers'
 
 
@@ -90,27 +91,37 @@ def read_call(module: Any, layout: DecoderLayout, args: tuple, kwargs: dict) -> 
     for name, other in values.items():
         if other is not None and other is not False and name not in layouts.HARMLESS:
             return f"it was called with {name}"
+    return why_not_now(module, weights_wanted=layout.prompts) or DecoderCall(query, key, value)
+
+
+def why_not_now(module: Any, weights_wanted: bool) -> str | None:
+    """Why an attention must run its own forward this time, or None; ``weights_wanted``: if it has them, it returns them."""
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-    if implementation == "eager":
+    if implementation == "eager" and weights_wanted:
         return "the attention implementation 'eager' returns the attention weights"
-    if implementation not in (None, "sdpa"):
+    if implementation not in (None, "sdpa", "eager"):
         return f"the attention implementation {implementation!r} was asked for"
     if getattr(module, "is_causal", False):
         return "it is set to causal attention"
-    if module.training and any(getattr(module, name, 0.0) for name in ("dropout_p", "dropout", "attention_dropout")):
+    if module.training and any(getattr(module, name, 0.0) for name in DROPS):
         return "dropout of the attention weights is active"
-    return DecoderCall(query, key, value)
+    return None
 
 
 def compute(module: Any, layout: DecoderLayout, ops: Any, call: DecoderCall) -> Any:
     """What the module's own forward returns: the output (..., N, C), in transformers beside the weights, None."""
-    projected = (_linear(ops, module, name, t) for name, t in zip(PROJECTIONS, (call.query, call.key, call.value), strict=True))
+    out = attend(module, layout, ops, call.query, call.key, call.value)
+    return (out, None) if layout.prompts else out
+
+
+def attend(module: Any, layout: DecoderLayout, ops: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The module's output (..., N, C)."""
+    shape = query.shape[:-1]
+    projected = (_linear(ops, module, name, t) for name, t in zip(PROJECTIONS, (query, key, value), strict=True))
     query, key, value = (t.flatten(0, -3).unflatten(2, (layout.heads, -1)).transpose(1, 2) for t in projected)
     scale = next((s for s in (getattr(module, name, None) for name in layouts.SCALINGS) if isinstance(s, float)), None)
     out = ops.attention(query, key, value, scale=query.shape[-1] ** -0.5 if scale is None else scale)
-    out = out.transpose(1, 2).flatten(2).unflatten(0, call.query.shape[:-2])
-    out = _linear(ops, module, OUT, out)
-    return (out, None) if layout.prompts else out
+    return _linear(ops, module, OUT, out.transpose(1, 2).reshape(*shape, -1))
 
 
 def _linear(ops: Any, module: Any, name: str, x: Tensor) -> Tensor:
@@ -118,8 +129,8 @@ def _linear(ops: Any, module: Any, name: str, x: Tensor) -> Tensor:
     return ops.linear(x, linear.weight, linear.bias)
 
 
-def probe_inputs(module: Any, layout: DecoderLayout, generator: Any) -> DecoderCall:
+def probe_inputs(module: Any, layout: DecoderLayout, generator: torch.Generator) -> tuple[Tensor, ...]:
     """Random queries, keys and values for a stand-in."""
     batch = (2, 2) if layout.prompts else (2,)
     widths = [getattr(module, name).in_features for name in PROJECTIONS]
-    return DecoderCall(*(torch.randn(*batch, n, w, generator=generator) for n, w in zip((3, 5, 5), widths, strict=True)))
+    return tuple(torch.randn(*batch, n, w, generator=generator) for n, w in zip((3, 5, 5), widths, strict=True))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._checks import MAX_HEAD_DIM
-from . import decoder, grid, layouts, multihead
+from . import decoder, grid, layouts, multihead, two_way
 from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
 
@@ -98,24 +98,26 @@ def part(module: nn.Module, path: str | None) -> Any:
     return None if isinstance(found, nn.Identity) else found
 
 
-AnyLayout = Layout | multihead.MultiheadLayout | decoder.DecoderLayout
+AnyLayout = Layout | multihead.MultiheadLayout | decoder.DecoderLayout | two_way.TwoWayLayout
 
 
-def is_attention(module: nn.Module) -> bool:
-    """Whether a module is an attention that is served by itself: torch's, or a mask decoder's."""
-    return isinstance(module, nn.MultiheadAttention) or decoder.looks_like(module)
+def is_no_encoder_block(module: nn.Module) -> bool:
+    """Whether a module is of those served that are no encoder block: an attention by itself, a part of a mask decoder."""
+    return isinstance(module, nn.MultiheadAttention) or decoder.looks_like(module) or two_way.looks_like(module)
 
 
 # --- at match time ------------------------------------------------------------------------------------------------------
 
 
 def find_layout(block: nn.Module) -> "AnyLayout | str | None":
-    """The layout of a block, or of an attention that is served by itself (``is_attention``); a reason why a module like these
-    has none; or None for a module that is neither."""
+    """The layout of a block, of ``torch.nn.MultiheadAttention`` or of a part of a mask decoder; a reason why a module like these
+    has none; or None for a module that is none of these."""
     if isinstance(block, nn.MultiheadAttention):
         return multihead.find_layout(block)
     if decoder.looks_like(block) and _package(block) != "fastvit":
         return decoder.find_layout(block)
+    if two_way.looks_like(block) and _package(block) != "fastvit":
+        return _find_two_way(block)
     norms = next((n for n in layouts.NORMS if child(block, n.before) is not None and child(block, n.after) is not None), None)
     if norms is None or all(child(block, name) is None for name in layouts.ATTENTION_NAMES):
         return None
@@ -135,8 +137,7 @@ def find_layout(block: nn.Module) -> "AnyLayout | str | None":
     reason = _why_not_residual(block, entry.attention) or _why_not_residual(block, entry.mlp)
     if reason:
         return reason
-    signature = inspect.signature(type(block).forward)
-    arguments = tuple(p.name for p in list(signature.parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD)
+    arguments = _arguments(block)
     if not arguments:
         return "its forward takes no hidden states by name"
     window = grid.window_of(block)
@@ -165,6 +166,19 @@ def find_layout(block: nn.Module) -> "AnyLayout | str | None":
         window=window,
         relative=window is not None and grid.tables(child(block, attention.owner))[0] is not None,
     )
+
+
+def _find_two_way(block: nn.Module) -> "two_way.TwoWayLayout | str":
+    own: dict[str, str] = {}
+    mlp, activation, gating = _find_mlp(block, own)
+    if gating is not None:
+        return "its MLP is gated"
+    return two_way.find_layout(block, mlp, activation if mlp else None, own, _arguments(block))
+
+
+def _arguments(module: nn.Module) -> tuple[str, ...]:
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _first(entries: Any, fits: Any) -> Any:
@@ -350,11 +364,9 @@ def _head_count(owner: Any) -> int | None:
 
 def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
     """Why a block that has a layout must run its own forward this time, or None; ``masked``: the call has a mask."""
-    reason = hooked(block, layout.kinds)
+    reason = why_not_parts(block, layout)
     if reason is not None:
         return reason
-    if layout.mlp is not None and layout.activation != activation_of(block, layout.mlp, bool(layout.gating)):
-        return f"{layout.mlp.activation} now computes something else than {layout.activation}"
     owner = child(block, layout.attention.owner)
     implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
     flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
@@ -372,6 +384,14 @@ def why_not_in_windows(block: nn.Module, layout: Layout) -> str | None:
     owner = layout.attention.owner
     called = tuple(path for path in layout.called if path.startswith(f"{owner}."))
     return grid.why_not_in_windows(block, child(block, owner), part(block, layout.residuals[0].drop_path), called)
+
+
+def why_not_parts(block: nn.Module, layout: "Layout | two_way.TwoWayLayout") -> str | None:
+    """Why the descendants that the fused path stands in for are no longer what they were, or None."""
+    reason = hooked(block, layout.kinds)
+    if reason is None and layout.mlp is not None and layout.activation != activation_of(block, layout.mlp, bool(layout.gating)):
+        return f"{layout.mlp.activation} now computes something else than {layout.activation}"
+    return reason
 
 
 def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None:

@@ -9,15 +9,15 @@ and in training mode: dropout that is no module shows only there.
 import copy
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import decoder, grid, layouts
-from .block import compute, compute_decoder, compute_multihead
+from . import decoder, grid, layouts, two_way
+from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import read_call
 from .dispatched import without_hooks
 from .multihead import MultiheadCall, MultiheadLayout
@@ -68,8 +68,8 @@ def why_different(module: nn.Module, layout: AnyLayout) -> str | None:
         twin = _stand_in(module, generator, twins)
         if isinstance(layout, MultiheadLayout):
             return _compare_multihead(twin, generator)
-        if isinstance(layout, decoder.DecoderLayout):
-            return _compare_decoder(twin, layout, generator)
+        if isinstance(layout, decoder.DecoderLayout | two_way.TwoWayLayout):
+            return _compare_decoder(twin, layout, generator, twins.values())
         owner = child(twin, layout.attention.owner)
         _use_sdpa(owner)
         channels = child(twin, layout.norms.before).normalized_shape[0]
@@ -139,20 +139,48 @@ def _compare_multihead(twin: Any, generator: torch.Generator) -> str | None:
     return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
 
 
-def _compare_decoder(twin: Any, layout: decoder.DecoderLayout, generator: torch.Generator) -> str | None:
-    _use_sdpa(twin)
-    call = decoder.probe_inputs(twin, layout, generator)
-    try:
-        expected = type(twin).forward(twin, call.query, call.key, call.value)
-        actual = compute_decoder(twin, layout, call, "torch")
-    except Exception as failure:
-        return f"its forward does not take queries, keys and values alone ({type(failure).__name__}: {failure})"
-    if layout.prompts and isinstance(expected, tuple) and len(expected) == 2:
-        expected, actual = expected[0], actual[0]
-    if not isinstance(expected, Tensor) or expected.shape != call.query.shape:
-        return "its forward does not return one tensor of the queries' shape, or it and the weights"
-    error = (actual - expected).abs().max() / expected.abs().max()
-    return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
+def _compare_decoder(twin: Any, layout: Any, generator: torch.Generator, modules: Iterable[nn.Module]) -> str | None:
+    """As ``_compare``, for what a mask decoder is made of."""
+    two = isinstance(layout, two_way.TwoWayLayout)
+    probe_inputs: Any = two_way.probe_inputs if two else decoder.probe_inputs
+    read: Any = two_way.read_call if two else decoder.read_call
+    compute_it: Any = compute_two_way if two else compute_decoder
+    for module in modules:
+        _use_sdpa(module)
+    for training in (False, True):
+        for module in modules:
+            module.__dict__["training"] = training
+        try:
+            inputs = probe_inputs(twin, layout, generator)
+            call = read(twin, layout, inputs, {})
+            if isinstance(call, str):  # in training: then it runs its own forward
+                return None if training else f"its calls cannot be read: {call}"
+            with _seeded():
+                expected = type(twin).forward(twin, *(t if t is None else t.clone() for t in inputs))
+            with _seeded():
+                actual = compute_it(twin, layout, call, "torch")
+        except Exception as failure:
+            return f"its parts do not fit the fused computation ({type(failure).__name__}: {failure})"
+        reason = _differ(actual, expected)
+        if reason is not None:
+            return f"in training {reason}" if training else reason
+    return None
+
+
+def _differ(actual: Any, expected: Any) -> str | None:
+    """What is wrong with one tensor or a tuple of them and Nones, the attention weights that the fused path has none of."""
+    pairs = list(zip(*(t if isinstance(t, tuple) else (t,) for t in (actual, expected)), strict=False))
+    if isinstance(actual, tuple) != isinstance(expected, tuple) or (isinstance(actual, tuple) and len(actual) != len(expected)):
+        return "its forward returns something else than a module of these parts"
+    for ours, theirs in pairs:
+        if ours is None and theirs is None:
+            continue
+        if not isinstance(theirs, Tensor) or ours is None or theirs.shape != ours.shape:
+            return "its forward returns something else than a module of these parts"
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        if not error <= TOLERANCE:
+            return f"its forward computes something else than a module of these parts (differs by {error:.1e} on a probe)"
+    return None
 
 
 @contextmanager

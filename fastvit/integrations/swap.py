@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import decoder, multihead
-from .block import compute, compute_decoder, compute_multihead
+from . import decoder, multihead, two_way
+from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
-from .parts import AnyLayout, Layout, hooked, why_not_now
+from .parts import AnyLayout, Layout, hooked, why_not_now, why_not_parts
 
 ATTRIBUTE = "_fastvit_serving"
 
@@ -80,6 +80,8 @@ def _derive(cls: Any) -> type:
             return compute_multihead(self, call, serving.backend)
         if isinstance(call, decoder.DecoderCall):
             return compute_decoder(self, serving.layout, call, serving.backend)
+        if isinstance(call, two_way.TwoWayCall):
+            return compute_two_way(self, serving.layout, call, serving.backend)
         out = compute(self, serving.layout, call, serving.backend, serving.next_norm)
         return out if call.present is None else nested_again(out, call.present)
 
@@ -123,6 +125,8 @@ def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict) -> An
         return hooked(module, layout.kinds) or multihead.read_call(module, args, kwargs)
     if isinstance(layout, decoder.DecoderLayout):
         return hooked(module, layout.kinds) or decoder.read_call(module, layout, args, kwargs)
+    if isinstance(layout, two_way.TwoWayLayout):
+        return why_not_parts(module, layout) or two_way.read_call(module, layout, args, kwargs)
     call = read_call(module, layout, args, kwargs)
     return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None) or call
 
