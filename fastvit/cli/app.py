@@ -11,6 +11,7 @@ from .classify import classify
 from .demo import demo
 from .models import accelerate, verify
 from .options import UserError
+from .segment import segment
 
 app = typer.Typer(
     name="fastvit",
@@ -24,6 +25,7 @@ app.command(epilog="Example: `fastvit demo --image photo.jpg --out out`")(demo)
 app.command(epilog="Example: `fastvit accelerate --dry-run timm/vit_base_patch16_224`")(accelerate)
 app.command(epilog="Example: `fastvit verify google/vit-base-patch16-224 --image photo.jpg`")(verify)
 app.command(epilog="Example: `fastvit classify photo.jpg --model timm/vit_base_patch16_224`")(classify)
+app.command(epilog="Example: `fastvit segment photo.jpg --checkpoint sam_vit_b_01ec64.pth --point 320,240 --out out`")(segment)
 
 
 def run() -> None:

@@ -109,7 +109,7 @@ class SamAutomaticMaskGenerator:
             if value < least:
                 raise ValueError(f"{name} is {value}; expected at least {least}")
         if min_mask_region_area > 0 and importlib.util.find_spec("scipy") is None:
-            raise ImportError("min_mask_region_area needs SciPy: pip install 'fastvit[pictures]'", name="scipy")
+            raise ModuleNotFoundError("min_mask_region_area needs SciPy: pip install 'fastvit[pictures]'", name="scipy")
         self.predictor = SamPredictor(model)
         self.point_grids = _grids(points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor)
         self.points_per_batch = points_per_batch

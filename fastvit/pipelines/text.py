@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 
+from ..loading.errors import explained, library
 from .boxes import boxes_of_masks
 from .rle import decode_rle
 from .transforms import as_pixels
@@ -67,6 +68,15 @@ def rank_by_text(
         similarity[rows] = _similarities(cuts, text, clip_model, clip_processor)
     order = np.argsort(-similarity, kind="stable")
     return [Match(int(index), float(similarity[index])) for index in order]
+
+
+def clip_processor(name: str) -> Any:
+    """What prepares pictures and texts for the CLIP of that name, a folder or a Hugging Face id; runs no code that comes with it.
+
+    Raises ``LoadError`` (a ``ValueError``) where it cannot be had.
+    """
+    with explained(name):
+        return library("transformers").AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def cut_out(pixels: np.ndarray, mask: np.ndarray, background: str = "blur", margin: float = 0.1) -> Image.Image:
