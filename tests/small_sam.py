@@ -45,7 +45,7 @@ def small_sam(seed: int = 0) -> modeling.Sam:
         modeling.PromptEncoder(DIM, (GRID, GRID), (SIDE, SIDE), mask_in_chans=4),
         modeling.MaskDecoder(
             transformer_dim=DIM,
-            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=DIM, num_heads=2, mlp_dim=64),
+            transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=DIM, num_heads=8, mlp_dim=64),
             num_multimask_outputs=3,
             iou_head_depth=2,
             iou_head_hidden_dim=16,
@@ -70,7 +70,6 @@ def own_sam(original: modeling.Sam) -> own.Sam:
         window_size=3,
         prompt_dim=DIM,
         mask_in_channels=4,
-        decoder_heads=2,
         decoder_mlp_dim=64,
         iou_head_depth=2,
         iou_head_hidden_dim=16,
