@@ -457,6 +457,7 @@ def records():
 @pytest.mark.parametrize("multimask", [True, False])
 def test_masks_of_images_with_different_prompts_are_metas(multimask):
     ours, theirs = parts()
+    ours.mask_threshold = theirs.mask_threshold = theirs(records()[:1], multimask)[0]["low_res_logits"].median().item()
     shares = []
     for actual, expected in zip(*(model(records(), multimask) for model in (ours, theirs)), strict=True):
         assert list(actual) == list(expected)
@@ -467,7 +468,7 @@ def test_masks_of_images_with_different_prompts_are_metas(multimask):
         # A pixel whose logit is nothing but rounding may fall on either side.
         assert actual["masks"].shape == expected["masks"].shape
         assert (actual["masks"] != expected["masks"]).float().mean() <= 1e-5
-    assert any(0.01 < share < 0.99 for share in shares)
+    assert any(0.1 < share < 0.9 for share in shares)
 
 
 def test_text_reaches_the_masks():
