@@ -1,15 +1,18 @@
 """Segment Anything of three libraries, accelerated against itself: encoder blocks on images, the mask decoder's attention."""
 
 import copy
+import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastvit
 from fastvit._torchvision import ensure_importable
-from tests.model_errors import assert_equal_gradients, gradients, relative
+from fastvit.integrations import handoff
+from tests.model_errors import assert_equal_gradients, gradients, relative, seeded
 from tests.models_for_acceleration import perturb
 
 ensure_importable()
@@ -206,3 +209,427 @@ def test_flops_of_blocks_are_counted():
     products = windows * 4 * DIM * DIM + 2 * windows * 16 * DIM + 2 * windows * 4 * DIM + 2 * tokens * DIM * hidden
     assert found.flops["blocks.0"] == 2 * products
     assert 0.5 < found.fused_share < 1
+
+
+# --- what a block of images must go on doing ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ENCODERS)
+def test_restore_gives_back_every_bit(key):
+    model, x = encoder(key), image()
+    classes = [type(module) for module in model.modules()]
+    names, expected = [set(module.__dict__) for module in model.modules()], run(model, x)
+    before = copy.deepcopy(model.state_dict())
+    fastvit.accelerate(model)
+    assert all(isinstance(module, cls) for module, cls in zip(model.modules(), classes, strict=True))
+    run(model, x)
+    fastvit.restore(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert [set(module.__dict__) for module in model.modules()] == names
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(run(model, x), expected)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model)
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("again", [copied, pickled])
+@pytest.mark.parametrize("key", ["segment_anything", "hf_sdpa"])
+def test_copies_are_served_too(key, again):
+    model, x = fastvit.accelerate(encoder(key)), image()
+    twin = again(model)
+    assert torch.equal(run(twin, x), run(model, x))
+    assert_fused(twin, 3)
+
+
+SMALL = {"depth": 2}, {"num_hidden_layers": 2}  # for what compiles or is interpreted: 5 × 5 tokens, of windows and global
+
+
+def small(key: str) -> tuple[nn.Module, torch.Tensor]:
+    size = {"image_size" if key.startswith("hf") else "img_size": 40}
+    return encoder(key, **size, **SMALL[key.startswith("hf")]), image(1, 40)
+
+
+@pytest.mark.parametrize("key", ["segment_anything", "hf_sdpa"])
+@pytest.mark.slow
+def test_the_whole_graph_compiles(key):
+    model, x = small(key)
+    expected = run(model, x)
+    compiled = torch.compile(fastvit.accelerate(model), fullgraph=True, backend="aot_eager")
+    out = embedding(compiled(x))
+    assert relative(out.detach(), expected) <= ERROR
+    out.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "rel_pos" in name)
+
+
+@pytest.mark.parametrize("key", ["segment_anything", "hf_eager", "timm"])
+def test_autocast(key):
+    model, x = encoder(key), image()
+    exact = run(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = run(model, x)
+        actual = run(fastvit.accelerate(model), x)
+    assert_fused(model, 3)
+    assert actual.dtype == eager.dtype
+    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_checkpointing_computes_the_same_gradients():
+    model, inputs = hf_sam().vision_encoder, {"pixel_values": image()}
+    model.train()
+    expected = gradients(model, inputs)
+    fastvit.accelerate(model)
+    model.gradient_checkpointing_enable()
+    assert_equal_gradients(gradients(model, inputs), expected)
+    assert_fused(model, 3)
+
+
+def test_the_next_blocks_norm_is_handed_on(monkeypatch):
+    """Block 0 ends with block 1's norm, across windows and image."""
+    model, x = meta_encoder(), image()
+    expected = run(model, x)
+    fastvit.accelerate(model)
+    collect, taken = handoff.collect, []
+
+    def observed(x, norm):
+        found = collect(x, norm)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(handoff, "BACKENDS", ("triton", "torch"))
+    monkeypatch.setattr(handoff, "collect", observed)
+    assert relative(run(model, x), expected) <= ERROR
+    assert taken == [False, True, True]
+
+
+def test_on_the_kernels():
+    model, x = small("segment_anything")
+    expected = run(model, x)
+    actual = run(fastvit.accelerate(model, backend="triton"), x)
+    assert_fused(model, 2)
+    assert relative(actual, expected) <= ERROR
+
+
+def test_attentions_are_collected_as_before():
+    model, x = hf_sam(attention="eager").vision_encoder, image()
+    with torch.no_grad():
+        expected = model(x, output_attentions=True, output_hidden_states=True)
+        fastvit.accelerate(model)
+        actual = model(x, output_attentions=True, output_hidden_states=True)
+        assert set(fastvit.report(model).fallbacks.values()) == {"attn has forward hooks"}
+        hidden = model(x, output_hidden_states=True)
+    assert_fused(model, 3)
+    assert len(expected.attentions) == 3
+    for ours, theirs in zip(actual.attentions, expected.attentions, strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(hidden.hidden_states, expected.hidden_states, strict=True):
+        assert relative(ours, theirs) <= ERROR
+
+
+def test_a_hook_inside_is_called_and_a_hook_on_the_block_stays():
+    model, x = meta_encoder(), image()
+    expected, seen = run(model, x), []
+    fastvit.accelerate(model)
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    model.blocks[1].attn.proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert relative(run(model, x), expected) <= ERROR
+    assert seen == [(2, 9, 9, DIM), (2, 9, 9, DIM)]
+    assert fastvit.report(model).fallbacks == {"blocks.1": "attn.proj has forward hooks"}
+
+
+DRAWS = {
+    "attn_drop_rate": ("dropout of the attention weights is active",) * 3,
+    "proj_drop_rate": ("dropout within the windows is active", None, "dropout within the windows is active"),
+    "drop_path_rate": (None, None, "stochastic depth of single windows is active"),
+}
+
+
+@pytest.mark.parametrize("option", DRAWS)
+def test_what_draws_within_windows_draws_what_it_drew(option):
+    model, x = timm_encoder(**{option: 0.3}), image()
+    evaluated = run(model, x)
+    model.train()
+    with seeded():
+        expected = run(model, x)
+    fastvit.accelerate(model)
+    with seeded():
+        actual = run(model, x)
+    assert relative(actual, expected) <= ERROR
+    reasons = {f"blocks.{index}": reason for index, reason in enumerate(DRAWS[option]) if reason}
+    assert fastvit.report(model).fallbacks == reasons
+    model.eval()
+    assert relative(run(model, x), evaluated) <= ERROR
+    assert_fused(model, 3)
+
+
+def test_dropout_of_weights_in_transformers_eager_attention():
+    model, x = hf_sam(attention="eager", attention_dropout=0.3).vision_encoder.train(), image()
+    with seeded():
+        expected = run(model, x)
+    fastvit.accelerate(model)
+    with seeded():
+        assert torch.equal(run(model, x), expected)
+    assert set(fastvit.report(model).fallbacks.values()) == {"dropout of the attention weights is active"}
+
+
+def test_rotary_blocks_are_left_alone():
+    model = timm_encoder(use_rel_pos=False, use_rope=True)
+    assert fastvit.report(fastvit.accelerate(model)).skipped["blocks.0"] == "unknown child 'attn.rope' (RotaryEmbeddingCat)"
+
+
+def test_mobile_encoders_are_left_alone_with_a_reason():
+    """TinyViT, MobileSAM's encoder, has its norms elsewhere."""
+    from timm.models.tiny_vit import TinyVit
+
+    model = TinyVit(embed_dims=(16, 32, 32, 32), depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), window_sizes=(2, 2, 2, 2))
+    found = fastvit.report(fastvit.accelerate(model))
+    assert found.replaced == {}
+    assert set(found.skipped.values()) == {"its norms lie inside its attention and its MLP"}
+
+
+def test_a_block_that_computes_something_else_is_left_alone():
+    from segment_anything.modeling.image_encoder import Block
+
+    class Masked(Block):
+        """Without the tokens that fill the last windows."""
+
+        def forward(self, x):
+            whole = super().forward(x[:, : x.shape[1] // 4 * 4, : x.shape[2] // 4 * 4]) if x.shape[1] > 4 else super().forward(x)
+            return torch.nn.functional.pad(whole, (0, 0, 0, x.shape[2] - whole.shape[2], 0, x.shape[1] - whole.shape[1]))
+
+    class Scaled(Block):
+        """Tables that are not taken from the query as it is."""
+
+        def forward(self, x):
+            return super().forward(x) + 0.01 * self.attn.rel_pos_h.sum()
+
+    for kind in (Masked, Scaled):
+        model = meta_encoder()
+        model.blocks[0].__class__ = kind
+        found = fastvit.report(fastvit.accelerate(model))
+        assert list(found.replaced) == ["blocks.1", "blocks.2"]
+        assert "blocks.0" in found.skipped
+
+
+class LowRank(nn.Module):
+    """What adapters of SAM put in place of the packed projection: low-rank changes of queries and values."""
+
+    def __init__(self, qkv: nn.Linear, rank: int = 2):
+        super().__init__()
+        dim = qkv.in_features
+        self.qkv, self.query, self.value = qkv, nn.Linear(dim, rank, bias=False), nn.Linear(dim, rank, bias=False)
+        self.query_up, self.value_up = nn.Linear(rank, dim, bias=False), nn.Linear(rank, dim, bias=False)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        return torch.cat([query + self.query_up(self.query(x)), key, value + self.value_up(self.value(x))], dim=-1)
+
+
+def test_adapters_of_the_projection_are_called_as_they_are():
+    model, x = meta_encoder(), image()
+    for block in model.blocks:
+        block.attn.qkv = LowRank(block.attn.qkv)
+    expected, slopes = run(model, x), gradients(model, {"x": x})
+    actual = run(fastvit.accelerate(model), x)
+    assert_fused(model, 3)
+    assert relative(actual, expected) <= ERROR
+    assert "attn.qkv is called as it is" in fastvit.report(model).replaced["blocks.0"]
+    assert_equal_gradients(gradients(model, {"x": x}), slopes)
+    seen = []
+    for block in model.blocks:  # one within windows would see the image instead
+        block.attn.qkv.query.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    run(model, x)
+    assert seen == [(18, 4, 4, 2), (2, 9, 9, 2), (18, 4, 4, 2)]
+    assert fastvit.report(model).fallbacks == {"blocks.0": "attn.qkv has hooks", "blocks.2": "attn.qkv has hooks"}
+
+
+def test_attention_maps_say_that_there_are_none():
+    for model in (meta_encoder(), fastvit.accelerate(meta_encoder())):
+        with pytest.raises(ValueError, match="it attends on an image"):
+            fastvit.attention_maps(model, image(1))
+
+
+# --- the mask decoder ---------------------------------------------------------------------------------------------------
+
+
+def prompted(key: str) -> tuple[nn.Module, dict]:
+    """A whole model and a call: two images, three prompts of two points each in transformers."""
+    generator = torch.Generator().manual_seed(2)
+    points = SIDE * torch.rand(2, 3, 2, 2, generator=generator)
+    if key != "segment_anything":
+        return hf_sam("hq" in key, "eager" if "eager" in key else "sdpa"), {"pixel_values": image(), "input_points": points}
+    pictures = [255 * torch.rand(3, SIDE, size, generator=generator) for size in (SIDE, 61)]
+    labels = torch.tensor([[1, 0], [1, 1], [0, 1]])
+    prompts = [{"point_coords": p, "point_labels": labels, "original_size": (90, 80)} for p in points]
+    given = [{**prompt, "image": picture} for prompt, picture in zip(prompts, pictures, strict=True)]
+    return meta_sam(), {"batched_input": given, "multimask_output": True}
+
+
+def masks_of(output) -> torch.Tensor:
+    if isinstance(output, list):
+        return torch.cat([torch.cat([found["low_res_logits"].flatten(), found["iou_predictions"].flatten()]) for found in output])
+    return torch.cat([output.pred_masks.flatten(), output.iou_scores.flatten()])
+
+
+@pytest.mark.parametrize("key", [*DECODERS, "hf_eager"])
+def test_a_model_gives_the_masks_it_gave(key):
+    model, inputs = prompted(key)
+    with torch.no_grad():
+        expected = masks_of(model(**inputs))
+        actual = masks_of(fastvit.accelerate(model)(**inputs))
+    assert relative(actual, expected) <= ERROR
+    found = fastvit.report(model)
+    assert found.skipped == {}
+    assert len(found.replaced) == 6
+    last = "mask_decoder.transformer.final_attn_token_to_image"  # eager attention returns its weights, which fused has none of
+    eager = {last: "the attention implementation 'eager' returns the attention weights"}
+    assert found.fallbacks == (eager if key == "hf_eager" else {})
+    assert found.replaced[last] == "fused attention"
+    assert found.replaced["mask_decoder.transformer.layers.0"] == "fused attention both ways + add+LayerNorm + ReLU MLP"
+
+
+def decode(model: nn.Module, inputs: dict) -> torch.Tensor:
+    """segment_anything's model runs without gradients: its decoder by itself, for two images in a batch."""
+    if "batched_input" not in inputs:
+        return masks_of(model(**inputs))
+    embeddings = model.image_encoder(image())
+    points = inputs["batched_input"][0]["point_coords"][:2], inputs["batched_input"][0]["point_labels"][:2]
+    sparse, dense = model.prompt_encoder(points=points, boxes=None, masks=None)
+    masks, scores = model.mask_decoder(embeddings[:1], model.prompt_encoder.get_dense_pe(), sparse, dense, True)
+    return torch.cat([masks.flatten(), scores.flatten()])
+
+
+@pytest.mark.parametrize("key", DECODERS)
+def test_a_model_has_the_gradients_it_had(key):
+    model, inputs = prompted(key)
+    expected = gradients(model, inputs, lambda **inputs: decode(model, inputs))
+    assert sum("mask_decoder.transformer" in name for name in expected) == 7 * 8 + 2 * 12 + 2
+    fastvit.accelerate(model)
+    assert_equal_gradients(gradients(model, inputs, lambda **inputs: decode(model, inputs)), expected)
+    assert_fused(model, 6)
+
+
+@pytest.mark.parametrize("key", DECODERS)
+def test_a_decoder_in_bfloat16_errs_at_most_twice_as_much(key):
+    transformer = prompted(key)[0].mask_decoder.transformer
+    generator = torch.Generator().manual_seed(4)
+    if key == "segment_anything":
+        shapes = [(2, 32, 9, 9), (2, 32, 9, 9), (2, 6, 32)]
+    else:
+        shapes = [(2, 3, 6, 32), (6, 32, 9, 9), (6, 32, 9, 9)]
+    given = [torch.randn(shape, generator=generator) for shape in shapes]
+
+    def both(dtype: torch.dtype) -> torch.Tensor:
+        cast = [t.to(dtype) for t in given]
+        more = [] if key == "segment_anything" else [None]
+        with torch.no_grad():
+            return torch.cat([t.flatten() for t in transformer.to(dtype)(*cast, *more)])
+
+    exact = both(torch.float64)
+    eager = both(torch.bfloat16)
+    transformer.float()
+    fastvit.accelerate(transformer)
+    actual = both(torch.bfloat16)
+    assert_fused(transformer, 3)
+    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_decoder_attentions_are_collected_as_before():
+    model, inputs = prompted("hf_sdpa")
+    with torch.no_grad():
+        expected = model(**inputs, output_attentions=True).mask_decoder_attentions
+        actual = fastvit.accelerate(model)(**inputs, output_attentions=True).mask_decoder_attentions
+    assert len(expected) == 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative(ours, theirs) <= ERROR
+    assert not any("mask_decoder" in name for name in fastvit.report(model).fallbacks)
+
+
+def test_similarities_and_targets_run_the_models_own_forward():
+    model, inputs = prompted("hf_sdpa")
+    similarity, target = torch.randn(2, 1, 1, 81), torch.randn(2, 1, 1, 32)
+    with torch.no_grad():
+        embeddings = model.get_image_embeddings(inputs["pixel_values"])
+        call = {"image_embeddings": embeddings, "input_points": inputs["input_points"][:, :1], "target_embedding": target}
+        expected = masks_of(model(**call, attention_similarity=similarity))
+        fastvit.accelerate(model)
+        assert relative(masks_of(model(**call, attention_similarity=similarity)), expected) <= ERROR
+        reasons = fastvit.report(model).fallbacks
+        assert reasons == {f"mask_decoder.transformer.layers.{i}": "it was called with attention_similarity" for i in (0, 1)}
+        model(**call)
+    assert_fused(model, 6)
+
+
+def test_a_decoder_in_training_copied_and_under_hooks():
+    model, inputs = prompted("segment_anything")
+    expected = decode(model, inputs).detach()
+    twin = copy.deepcopy(fastvit.accelerate(model))
+    assert relative(decode(twin.train(), inputs).detach(), expected) <= ERROR
+    assert_fused(twin, 6)
+    twin.mask_decoder.transformer.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: None)
+    assert relative(decode(twin, inputs).detach(), expected) <= ERROR
+    assert fastvit.report(twin).fallbacks == {"mask_decoder.transformer.layers.1": "self_attn.k_proj has forward hooks"}
+
+
+@pytest.mark.slow
+def test_a_decoder_compiles_in_one_graph():
+    model, inputs = prompted("segment_anything")
+    expected = decode(model, inputs).detach()
+    transformer = fastvit.accelerate(model.mask_decoder).transformer
+    model.mask_decoder.transformer = torch.compile(transformer, fullgraph=True, backend="aot_eager")
+    assert relative(decode(model, inputs).detach(), expected) <= ERROR
+
+
+def test_a_changed_decoder_is_left_alone_or_runs_its_own_forward():
+    from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
+
+    class Unscaled(Attention):
+        def forward(self, q, k, v):
+            return super().forward(4 * q, k, v)
+
+    class Other(TwoWayAttentionBlock):
+        def forward(self, queries, keys, query_pe, key_pe):
+            queries, keys = super().forward(queries, keys, query_pe, key_pe)
+            return queries, keys + query_pe.sum()
+
+    model, inputs = prompted("segment_anything")
+    transformer = model.mask_decoder.transformer
+    transformer.final_attn_token_to_image.__class__ = Unscaled
+    transformer.layers[0].__class__ = Other
+    expected = decode(model, inputs).detach()
+    found = fastvit.report(fastvit.accelerate(model))
+    assert relative(decode(model, inputs).detach(), expected) <= ERROR
+    names = {f"mask_decoder.transformer.{name}" for name in ("final_attn_token_to_image", "layers.0")}
+    assert names == found.skipped.keys()
+    assert "mask_decoder.transformer.layers.0.self_attn" in found.replaced  # its attentions are served by themselves
+    transformer.layers[1].mlp.act = nn.GELU()
+    decode(model, inputs)
+    assert fastvit.report(model).fallbacks == {"mask_decoder.transformer.layers.1": "mlp.act is now a GELU (it was a ReLU)"}
+
+
+def test_a_predictor_finds_the_same_masks_on_a_photograph():
+    from segment_anything import SamPredictor
+    from skimage.data import chelsea
+
+    model = meta_sam()
+    predictor = SamPredictor(model)
+
+    def predict() -> tuple[np.ndarray, np.ndarray]:
+        predictor.set_image(chelsea())
+        points, labels = np.array([[150, 220], [300, 100]]), np.array([1, 0])
+        return predictor.predict(points, labels, box=np.array([40, 30, 400, 280]))[:2]
+
+    masks, scores = predict()
+    fastvit.accelerate(model)
+    again, scores_again = predict()
+    assert_fused(model, 6)
+    assert masks.any()
+    assert not masks.all()
+    union = (masks | again).sum()
+    assert (masks & again).sum() >= 0.999 * union
+    assert np.abs(scores - scores_again).max() <= ERROR

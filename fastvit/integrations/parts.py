@@ -119,6 +119,8 @@ def find_layout(block: nn.Module) -> "AnyLayout | str | None":
     if two_way.looks_like(block) and _package(block) != "fastvit":
         return _find_two_way(block)
     norms = next((n for n in layouts.NORMS if child(block, n.before) is not None and child(block, n.after) is not None), None)
+    if norms is None and all(child(block, f"{path}.norm") is not None for path in ("attn", layouts.OPAQUE_MLP)):
+        return "its norms lie inside its attention and its MLP"  # TinyViT, MobileSAM's encoder
     if norms is None or all(child(block, name) is None for name in layouts.ATTENTION_NAMES):
         return None
     if _package(block) == "fastvit":
