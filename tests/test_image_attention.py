@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvit
 from fastvit import functional, reference
-from fastvit.ops import torch_backend
+from fastvit.ops import torch_backend, torch_image_attention
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
 from tests.test_offsets import _far_apart as far_apart
@@ -339,8 +339,9 @@ def test_no_bias_matrix_in_memory(window, backward):
         out = functional.image_attention(**arguments)
         if backward:
             out.sum().backward()
-    keys = window**2 if window else grid**2
-    assert largest.elements <= max(heads * torch_backend.BIAS_ROWS * keys, arguments["qkv"].numel())
+    block = torch_image_attention.WINDOW_SCORES if window else torch_backend.BIAS_ROWS * grid**2
+    assert largest.elements <= max(heads * block, arguments["qkv"].numel())
+    assert heads * block < heads * grid**2 * (window or grid) ** 2
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "column"])

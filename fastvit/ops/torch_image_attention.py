@@ -1,8 +1,8 @@
 """image_attention on PyTorch's own operators: window by window, a block of query rows at a time, differentiable by autograd.
 
 The image is split, never partitioned into a tensor of windows: each block gathers its own queries, keys and values, pads the
-keys and values alone, and adds its relative positions to a bias of at most BIAS_ROWS query rows. Blocks of this size stay in
-the cache, and in inference they share one buffer: fresh memory of this size costs as much in page faults as the sum itself.
+keys and values alone, and adds its relative positions to a bias of at most BIAS_ROWS query rows, or of a few small windows. In
+inference the blocks share one buffer for it: fresh memory of this size costs as much in page faults as the sum itself.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .torch_backend import BIAS_ROWS
+
+# Scores of a head that windows side by side may have together. One window of 14×14 tokens at a time is 25 calls an image, each
+# with its own threads to wait for; six are as many as a strip of a 64×64 image has.
+WINDOW_SCORES = 2**18
 
 
 def resized_table(table: Tensor, size: int) -> Tensor:
@@ -56,8 +60,9 @@ def image_attention(
     for image in zip(*(strip.unbind(0) for strip in strips), strict=True):
         rows = []
         for strip in image:
-            # Windows of few tokens go together, as many as fill a block; a narrower one at the edge goes alone.
-            together = max(1, BIAS_ROWS // (strip.shape[0] * window[1])) * window[1]
+            # Small windows go together; a narrower one at the edge goes alone.
+            scores = strip.shape[0] * window[1] * window[0] * window[1]
+            together = max(1, WINDOW_SCORES // scores) * window[1]
             whole = width // window[1] * window[1]
             parts = strip.split([*_extents(whole, together), *_extents(width - whole, window[1])], dim=1)
             rows.append(_cat([_windows(part, table_h, table_w, window, pad, scale, buffer) for part in parts], 1))
@@ -104,7 +109,7 @@ def _windows(
     blocks = []
     first = 0
     # Blocks are whole rows of the window, so that their tables are slices.
-    for block in query.split(max(1, BIAS_ROWS // (query.shape[0] * columns)), dim=2):
+    for block in query.split(max(1, BIAS_ROWS // columns) if query.shape[0] == 1 else rows, dim=2):
         arguments = (block, key_value, table_h, table_w, first, window, pad, scale)
         if buffer is None:
             blocks.append(checkpoint(_attend, *arguments, None, use_reentrant=False, preserve_rng_state=False))
@@ -127,15 +132,14 @@ def _attend(
 ) -> Tensor:
     rows, columns = query.shape[2], query.shape[3]
     key, value = _padded(key_value, window, pad).flatten(3, 4)
-    bias = None
+    flat, bias = query.flatten(2, 3).contiguous(), None
     if table_h is not None and table_w is not None:
-        dtype = query.dtype
-        height = relative_rows(query, table_h[window[0] - first - rows : 2 * window[0] - 1 - first].to(dtype), window[0])
-        width = relative_columns(query, table_w[window[1] - columns :].to(dtype), window[1])
+        reach_h = table_h[window[0] - first - rows : 2 * window[0] - 1 - first]
+        table = torch.cat([reach_h, table_w[window[1] - columns :]]).to(query.dtype)
+        height, width = relative_positions(flat.unflatten(2, (rows, columns)), table, window)
         shape = (*query.shape[:4], *window)
         out = None if buffer is None else buffer.take(query, shape)
         bias = torch.add(height.unsqueeze(-1), width.unsqueeze(-2), out=out).flatten(2, 3).flatten(3, 4)
-    flat = query.flatten(2, 3)
     return F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale).unflatten(2, (rows, columns))
 
 
@@ -152,25 +156,17 @@ def _padded(key_value: Tensor, window: tuple[int, int], pad: Tensor | None) -> T
     return torch.cat([torch.cat([key_value, right], dim=4), bottom], dim=3)
 
 
-def relative_columns(query: Tensor, table: Tensor, size: int) -> Tensor:
-    """[x, k] = q_x · table[columns − 1 − x + k] of queries (…, columns, D), ``size`` keys and a table of columns + size − 1 rows.
+def relative_positions(query: Tensor, table: Tensor, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """rel_h[y, x, k] = q_yx · table[rows − 1 − y + k] and rel_w[y, x, k] = q_yx · table[rows + h − 1 + columns − 1 − x + k].
 
-    One product with the whole table; what query x needs of it starts one place earlier than what query x − 1 needs, which
-    is a view of the product with a shorter stride.
+    query (…, rows, columns, D); table: rows + h − 1 reversed rows of one, then columns + w − 1 of the other. One product with
+    all of it; what a query needs starts one place earlier than what its neighbour needs, so both results are views of the
+    product, one of them with a shorter stride from row to row, the other from column to column.
     """
-    columns, length = query.shape[-2], table.shape[0]
-    products = query @ table.t()
-    if columns == 1:
-        return products
-    return products.flatten(-2)[..., columns - 1 :].unfold(-1, size, length - 1)[..., :columns, :]
-
-
-def relative_rows(query: Tensor, table: Tensor, size: int) -> Tensor:
-    """[y, x, k] = q_yx · table[rows − 1 − y + k] of queries (…, rows, columns, D), as above."""
-    rows, columns, length = *query.shape[-3:-1], table.shape[0]
-    products = query @ table.t()
-    if rows == 1:
-        return products
-    row = (columns - 1) * length + size
-    flat = products.flatten(-3)[..., rows - 1 :].unfold(-1, row, columns * length - 1)[..., :rows, :]
-    return flat.unfold(-1, size, length)
+    rows, columns = query.shape[-3:-1]
+    length = table.shape[0]
+    products = (query.reshape(-1, query.shape[-1]) @ table.t()).view(*query.shape[:-1], length)
+    row = (columns - 1) * length + window[0]
+    lines = products.flatten(-3)[..., rows - 1 :].unfold(-1, row, columns * length - 1)[..., :rows, :]
+    along = products.flatten(-2)[..., rows + window[0] - 1 + columns - 1 :]
+    return lines.unfold(-1, window[0], length), along.unfold(-1, window[1], length - 1)[..., :columns, :]
