@@ -3,6 +3,7 @@
 Weights are random and no parameter is left at a trivial value, so that a forgotten bias, norm or LayerScale shows.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,6 +124,37 @@ def _timm_eva(**fixed) -> Callable:
         return perturb(Eva(img_size=size.image, patch_size=size.patch, num_classes=5, **given))
 
     return build
+
+
+# --- Segment Anything: image encoders of windows that do not divide the image, and one block of it all -------------------
+
+
+def _windows(size: Size) -> dict[str, Any]:
+    return {"window_size": size.image // size.patch // 2 + 1, "global_attn_indexes": (1,)}
+
+
+def _sam_sizes(size: Size) -> dict[str, Any]:
+    given = {"embed_dim": size.dim, "depth": size.depth, "num_heads": size.heads, "mlp_ratio": size.mlp / size.dim}
+    return {**given, **_windows(size), "img_size": size.image, "patch_size": size.patch, "use_rel_pos": True}
+
+
+def _sam_meta(size: Size, **options) -> nn.Module:
+    from segment_anything.modeling import ImageEncoderViT
+
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    return perturb(ImageEncoderViT(**_sam_sizes(size), out_chans=8, norm_layer=norm, **options))
+
+
+def _sam_transformers(size: Size, **options) -> nn.Module:
+    drawn = {"initializer_range": 0.02}  # the default, 1e-10, leaves all weights at what perturb adds
+    build = _transformers("SamVisionModel", "SamVisionConfig", "mlp_dim", output_channels=8, **_windows(size), **drawn)
+    return build(size, **options)
+
+
+def _sam_timm(size: Size, **options) -> nn.Module:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    return perturb(VisionTransformerSAM(**_sam_sizes(size), neck_chans=8, num_classes=5, **options))
 
 
 # --- torchvision and torch ----------------------------------------------------------------------------------------------
@@ -249,6 +281,9 @@ FAMILIES: dict[str, Family] = {
         _timm_eva(attn_type="rope", use_rot_pos_emb=True, rope_type="mixed"),
         _image,
     ),
+    "sam_transformers": Family("transformers SAM image encoder", _sam_transformers, _pixels),
+    "sam_meta": Family("segment_anything image encoder", _sam_meta, _image),
+    "sam_timm": Family("timm SAM image encoder", _sam_timm, _image),
     "torchvision_vit": Family("torchvision ViT", _torchvision_vit, _image),
     "torch_pre_norm": Family("torch TransformerEncoder, pre-norm", _torch_encoder(norm_first=True, activation="gelu"), _tokens),
     "torch_post_norm": Family("torch TransformerEncoder, post-norm, padding", _torch_encoder(), _padded_tokens),
