@@ -56,6 +56,11 @@ def _torch_qk_norm_rope(query, key, cos, sin, *, interleaved=False, norm=None, e
     return torch_backend.qk_norm_rope(query, key, cos, sin, interleaved, norm, params[0], params[1], params[2], params[3], eps)
 
 
+def _torch_rotary_attention(query, key, value, cos, sin, *, attn_mask=None, is_causal=False, scale=None, **positions):
+    query, key = _torch_qk_norm_rope(query, key, cos, sin, **positions)
+    return _torch_attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
+
+
 def _torch_glu(gate, value, *, activation="silu"):
     return torch_backend.glu(gate, value, activation)
 
@@ -64,6 +69,7 @@ TORCH = SimpleNamespace(
     attention=_torch_attention,
     image_attention=_torch_image_attention,
     qk_norm_rope=_torch_qk_norm_rope,
+    rotary_attention=_torch_rotary_attention,
     glu=_torch_glu,
     layer_norm=_torch_layer_norm,
     add_layer_norm=_torch_add_layer_norm,
@@ -180,6 +186,10 @@ def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tens
     if not layout.post_norm:
         x = TORCH.layer_norm(x, norm.weight, norm.bias, norm.eps)
     query, key, _ = _project(block, layout, TORCH, x, call)
+    positions = _positions(block, layout, call)
+    if positions is not None:
+        prepare = _rotated_plainly if _plainly(call) else TORCH.qk_norm_rope
+        query, key = prepare(query, key, **positions)
     return query, key, _scale(child(block, layout.attention.owner), query.shape[-1])
 
 
@@ -189,8 +199,14 @@ def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call
     if layout.window is not None:
         return _project_out(block, layout, ops, x, _image_attention(block, layout, ops, x))
     query, key, value = _project(block, layout, ops, x, call)
-    scale = _scale(owner, query.shape[-1])
-    out = ops.attention(query, key, value, call.attn_mask, is_causal=call.is_causal, scale=scale)
+    keywords = {"attn_mask": call.attn_mask, "is_causal": call.is_causal, "scale": _scale(owner, query.shape[-1])}
+    positions = _positions(block, layout, call)
+    if positions is not None and not _plainly(call):
+        out = ops.rotary_attention(query, key, value, **positions, **keywords)
+    else:
+        if positions is not None:
+            query, key = _rotated_plainly(query, key, **positions)
+        out = ops.attention(query, key, value, **keywords)
     del query, key, value
     tokens_first = layout.multihead and multihead.tokens_first(owner, call.present)
     # Dropout draws in the order of memory, in which torch's attention leaves tokens first also where the batch comes first.
@@ -221,7 +237,7 @@ def _project_out(block: nn.Module, layout: Layout, ops: Any, x: Tensor, out: Ten
 
 
 def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:
-    """Query, key and value, (B, heads, N, D), normalized and rotated where the block does so."""
+    """Query, key and value, (B, heads, N, D), without what ``_positions`` tells; norms without a fused form are applied."""
     names = layout.attention
     owner = child(block, names.owner)
     if layout.multihead:
@@ -235,26 +251,37 @@ def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) 
         projected = [_linear(block, layout, ops, path, x) for path in names.qkv]
         counts = (heads, key_heads, key_heads)
         query, key, value = (t.unflatten(2, (n, -1)).transpose(1, 2) for t, n in zip(projected, counts, strict=True))
-    norms = part(block, names.query_norm), part(block, names.key_norm)
     if layout.head_norm is None:
+        norms = part(block, names.query_norm), part(block, names.key_norm)
         query, key = (t if n is None else n(t).to(value.dtype) for n, t in zip(norms, (query, key), strict=True))
-    if layout.head_norm is not None or call.cos is not None:
-        query, key = _prepare(ops, query, key, call, layout.head_norm, norms, _interleaved(owner, layout))
     return [query, key, value]
 
 
-def _prepare(ops: Any, query: Tensor, key: Tensor, call: Call, head_norm: str | None, norms: Any, interleaved: bool) -> Any:
-    keywords: dict[str, Any] = {}
-    if head_norm is not None:
+def _positions(block: nn.Module, layout: Layout, call: Call) -> dict[str, Any] | None:
+    """The arguments of ``qk_norm_rope`` beside query and key; None where the block neither rotates nor normalizes them."""
+    if layout.head_norm is None and call.cos is None:
+        return None
+    names = layout.attention
+    keywords: dict[str, Any] = {"cos": call.cos, "sin": call.sin, "interleaved": _interleaved(child(block, names.owner), layout)}
+    if layout.head_norm is not None:
+        norms = part(block, names.query_norm), part(block, names.key_norm)
         for name, norm in zip(("query", "key"), norms, strict=True):
             keywords[f"{name}_weight"] = norm.weight
             keywords[f"{name}_bias"] = getattr(norm, "bias", None)
-        keywords |= {"norm": head_norm, "eps": norms[0].eps}
-    cos, sin = call.cos, call.sin
-    if cos is not None and (cos.requires_grad or (cos.dim() == 4 and cos.shape[1] != 1)):  # learned, or each head its own
-        rotated = reference.qk_norm_rope(query, key, cos, sin, interleaved=interleaved, **keywords)
-        return tuple(t.to(query.dtype) for t in rotated)
-    return ops.qk_norm_rope(query, key, cos, sin, interleaved=interleaved, **keywords)
+        keywords |= {"norm": layout.head_norm, "eps": norms[0].eps}
+    return keywords
+
+
+def _plainly(call: Call) -> bool:
+    """Whether the tables are learned, or each head's own, which only plain PyTorch operators rotate by."""
+    cos = call.cos
+    return cos is not None and (cos.requires_grad or (cos.dim() == 4 and cos.shape[1] != 1))
+
+
+def _rotated_plainly(query: Tensor, key: Tensor, **positions: Any) -> tuple[Tensor, Tensor]:
+    dtype = query.dtype
+    query, key = reference.qk_norm_rope(query, key, **positions)
+    return query.to(dtype), key.to(dtype)
 
 
 def _interleaved(owner: Any, layout: Layout) -> bool:
