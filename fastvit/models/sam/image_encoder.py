@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import _checks
-from ...nn import Attention, LayerNorm, _is_plain, check_count
-from .layers import LayerNorm2d, MLPBlock, add, add_layer_norm, is_own, is_token_norm
+from ...nn import Attention, LayerNorm, check_count
+from .layers import LayerNorm2d, MLPBlock, add, add_layer_norm, is_own, is_token_norm, is_untouched
 
 NORM_EPS = 1e-6
 
@@ -149,8 +149,8 @@ class ImageEncoder(nn.Module):
         normed = None
         blocks: list[Any] = [*self.blocks, None]
         for block, following in itertools.pairwise(blocks):
-            if _is_plain(block, EncoderBlock):
-                norm = following.norm1 if _is_plain(following, EncoderBlock) else None
+            if is_untouched(block, EncoderBlock):
+                norm = following.norm1 if is_untouched(following, EncoderBlock) else None
                 tokens, normed = block.advance(tokens, normed, norm if is_token_norm(norm) else None)
             else:
                 tokens, normed = block(tokens), None

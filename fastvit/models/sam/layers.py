@@ -37,7 +37,7 @@ class MLPBlock(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         lin1, lin2 = self.lin1, self.lin2
-        if _is_plain(lin1, Linear) and _is_plain(lin2, Linear):
+        if is_untouched(lin1, Linear) and is_untouched(lin2, Linear):
             return functional.mlp(input, lin1.weight, lin1.bias, lin2.weight, lin2.bias, activation=self.activation)
         return lin2(_ACTIVATE[self.activation](lin1(input)))
 
@@ -59,7 +59,7 @@ class MLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         layers: list[Any] = list(self.layers)
         for layer in layers[:-1]:
-            if _is_plain(layer, Linear):
+            if is_untouched(layer, Linear):
                 input = functional.linear(input, layer.weight, layer.bias, activation="relu")
             else:
                 input = torch.relu(layer(input))
@@ -82,14 +82,19 @@ def add(residual: Tensor, branch: Tensor, owned: bool) -> Tensor:
     return torch_backend.add_(residual, branch, None) if owned and _may_write(residual, branch) else residual + branch
 
 
+def is_untouched(module: Any, kind: type) -> bool:
+    """Whether a child is what it was made as, and no hook sees its calls, so that they may be fused with others."""
+    return _is_plain(module, kind) and not _has_any_global_hook()
+
+
 def is_token_norm(norm: Any) -> bool:
     """Whether a norm is the one that ``functional.add_layer_norm`` computes, with nothing looking at it."""
-    return _is_plain(norm, LayerNorm) and norm.statistics == "token"
+    return is_untouched(norm, LayerNorm) and norm.statistics == "token"
 
 
 def is_own(module: Any, kind: type, last: str) -> bool:
-    """Whether what a module returned, made by its linear ``last``, is held by nobody else: no hook saw either."""
-    return _is_plain(module, kind) and _is_plain(getattr(module, last), Linear) and not _has_any_global_hook()
+    """Whether what a module returned, made by its linear ``last``, is held by nobody else."""
+    return is_untouched(module, kind) and is_untouched(getattr(module, last), Linear)
 
 
 def _may_write(residual: Tensor, branch: Tensor) -> bool:

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ... import _checks, functional
-from ...nn import _is_plain, check_count
-from .layers import MLP, LayerNorm2d
+from ...nn import check_count
+from .layers import MLP, LayerNorm2d, is_untouched
 from .transformer import TwoWayTransformer
 
 
@@ -114,8 +113,8 @@ class MaskDecoder(nn.Module):
         """
         layers: list[Any] = list(self.output_upscaling)
         kinds = (nn.ConvTranspose2d, LayerNorm2d, nn.GELU, nn.ConvTranspose2d, nn.GELU)
-        plain = all(_is_plain(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
-        if not plain or not _is_plain(self.output_upscaling, nn.Sequential) or _has_any_global_hook():
+        plain = all(is_untouched(layer, kind) for layer, kind in zip(layers, kinds, strict=True))
+        if not (plain and is_untouched(self.output_upscaling, nn.Sequential)):
             upscaled = self.output_upscaling(image.transpose(1, 2).unflatten(2, (height, width)))
             return (factors @ upscaled.flatten(2)).unflatten(2, upscaled.shape[2:])
         first, norm, _, second, _ = layers

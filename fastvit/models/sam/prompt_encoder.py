@@ -53,16 +53,16 @@ class RandomFourierPositions(nn.Module):
 class PromptEncoder(nn.Module):
     """Prompts of B masks of one image → (tokens (B, N, dim), addition to the image's embedding (B, dim, h, w)).
 
-    Parameters are named as in Segment Anything's checkpoints; ``text_embedding`` alone, which its authors trained but did not
-    publish, is named here.
+    Parameters are named as in Segment Anything's checkpoints; ``text_embedding`` alone, of which no
+    weights were published, is named here.
 
     Args:
         dim: channels of tokens and embeddings.
         image_embedding_size: (height, width) of the image's embedding.
         input_image_size: (height, width) of the padded image, in whose pixels points and boxes are.
         mask_in_channels: hidden channels for masks.
-        text_dim: channels of a CLIP embedding of a text or an image, which a trainable linear then makes a token of (section
-            3 and appendix D of the paper); None leaves it out.
+        text_dim: channels of a CLIP embedding of a text or an image, which a trainable linear then makes a token of
+            (sections 3 and 7.5 of the paper); None leaves it out.
     """
 
     def __init__(
