@@ -209,6 +209,7 @@ def folder(tmp_path):
     for name, picture in (("b.png", face()), ("a.jpg", photograph("coffee")[:90, :60]), ("c.webp", face()[:, ::-1])):
         Image.fromarray(np.ascontiguousarray(picture)).save(path / name)
     (path / "notes.txt").write_text("no picture")
+    (path / "._a.jpg").write_bytes(b"what some systems put beside a picture")
     return path
 
 

@@ -146,11 +146,16 @@ def _found(given: list[Path]) -> list[Path]:
             found.append(path)
             continue
         suffixes = Image.registered_extensions()
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes and file.is_file())
+        with writing(path):  # a folder that may not be read is refused as one that may not be written
+            inside = sorted(file for file in path.iterdir() if _visible(file) and file.suffix.lower() in suffixes)
         if not inside:
             raise UserError(f"{path}: no pictures in this folder")
         found += inside
     return list(dict.fromkeys(found))
+
+
+def _visible(file: Path) -> bool:
+    return file.is_file() and not file.name.startswith(".")
 
 
 def _waiting(pictures: Iterable[Path], out: Path, asked: dict[str, Any], overwrite: bool) -> tuple[list[tuple[Path, Path]], int]:
