@@ -476,6 +476,23 @@ def test_the_decoder_compiles_whole(train):
             assert relative(actual.detach(), wanted.detach()) <= FLOAT32
 
 
+def test_encoder_and_decoder_export_for_any_number_of_prompts():
+    ours, _ = parts()
+    prompts, tokens = torch.export.Dim("prompts", min=2), torch.export.Dim("tokens")
+    embeddings = ours.image_encoder(images(160, 1)).detach()
+    exported = torch.export.export(ours.image_encoder, (images(160, 1),)).module()
+    assert relative(exported(images(160, 1)).detach(), embeddings) <= FLOAT32
+
+    def given(batch, count):
+        return (embeddings, ours.prompt_encoder.get_dense_pe(), *ours.prompt_encoder(points(batch, count)), True)
+
+    shapes = (None, None, {0: prompts, 1: tokens}, {0: prompts}, None)
+    with torch.no_grad():
+        exported = torch.export.export(ours.mask_decoder, given(2, 1), dynamic_shapes=shapes).module()
+        for actual, expected in zip(exported(*given(5, 3)), ours.mask_decoder(*given(5, 3)), strict=True):
+            assert relative(actual, expected) <= FLOAT32
+
+
 # The whole
 
 

@@ -94,7 +94,7 @@ class MaskDecoder(nn.Module):
         """As ``forward``, of the ``wanted`` of all 1 + ``num_multimask_outputs`` masks, the single one first."""
         self._check(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        batch = len(sparse_prompt_embeddings)
+        batch = sparse_prompt_embeddings.shape[0]
         tokens = torch.cat([output_tokens.expand(batch, -1, -1), sparse_prompt_embeddings], dim=1)
         image = _with_prompt(image_embeddings, dense_prompt_embeddings)
         tokens, image = self.transformer(image, image_pe, tokens)
@@ -130,21 +130,23 @@ class MaskDecoder(nn.Module):
         names |= {"sparse_prompt_embeddings": sparse, "dense_prompt_embeddings": dense}
         _checks.check_tensors("image_embeddings", tuple(names), **names)
         _checks.check_rank("image_embeddings", image, 4, "(images, dim, height, width)")
-        _checks.check_shape("image_embeddings", image, (len(image), self.transformer_dim, *image.shape[2:]), "transformer_dim")
+        _checks.check_shape(
+            "image_embeddings", image, (image.shape[0], self.transformer_dim, *image.shape[2:]), "transformer_dim"
+        )
         _checks.check_rank("sparse_prompt_embeddings", sparse, 3, "(prompts, tokens, dim)")
         batch, count = sparse.shape[:2]
         _checks.check_shape("sparse_prompt_embeddings", sparse, (batch, count, self.transformer_dim), "transformer_dim")
-        if len(image) == 0 or batch % len(image):
-            raise ValueError(f"sparse_prompt_embeddings has {batch} prompts; expected a multiple of the {len(image)} images")
+        if image.shape[0] == 0 or batch % image.shape[0]:
+            raise ValueError(f"sparse_prompt_embeddings has {batch} prompts; expected a multiple of the {image.shape[0]} images")
         _checks.check_shape("dense_prompt_embeddings", dense, (batch, *image.shape[1:]), "one each prompt, of the image's shape")
         _checks.check_shape("image_pe", positions, (1, *image.shape[1:]), "one of the image's shape")
 
 
 def _with_prompt(image: Tensor, dense: Tensor) -> Tensor:
     """(images, C, h, w) where one dense prompt is that of all masks, as without a mask prompt; else (B, C, h, w)."""
-    if len(dense) == 1 or dense.stride(0) == 0:
+    if dense.shape[0] == 1 or dense.stride(0) == 0:
         return image + dense[:1]
-    return (image.unsqueeze(1) + dense.unflatten(0, (len(image), -1))).flatten(0, 1)
+    return (image.unsqueeze(1) + dense.unflatten(0, (image.shape[0], -1))).flatten(0, 1)
 
 
 def _as_linear(deconvolution: Any) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ class PromptEncoder(nn.Module):
         negative, positive = self._point(NEGATIVE), self._point(POSITIVE)
         tokens = torch.where(labels == POSITIVE, places + positive, torch.where(labels == NEGATIVE, places + negative, places))
         tokens = torch.where(labels == PADDING, self.not_a_point_embed.weight, tokens)
-        return torch.cat([tokens, self.not_a_point_embed.weight.expand(len(tokens), 1, -1)], dim=1) if pad else tokens
+        return torch.cat([tokens, self.not_a_point_embed.weight.expand(tokens.shape[0], 1, -1)], dim=1) if pad else tokens
 
     def _embed_boxes(self, boxes: Tensor) -> Tensor:
         places = self.pe_layer.forward_with_coords(boxes.unflatten(1, (2, 2)) + 0.5, self.input_image_size)

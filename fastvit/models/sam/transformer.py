@@ -32,7 +32,7 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (t.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for t in (self.q_proj(q), self.k_proj(k), self.v_proj(v)))
-        batch = max(len(q), len(k)) if len(q) and len(k) else 0
+        batch = max(q.shape[0], k.shape[0]) if q.shape[0] and k.shape[0] else 0
         query, key, value = (for_each_prompt(t, batch) for t in heads)
         out = functional.attention(query, key, value)
         return self.out_proj(out.transpose(1, 2).flatten(2))
@@ -88,7 +88,7 @@ class TwoWayBlock(nn.Module):
         attention = self.cross_attn_image_to_token
         branch = attention(placed_keys, queries + query_pe, queries)
         del placed_keys
-        return queries, _attended(for_each_prompt(keys, len(branch)), branch, self.norm4, attention)
+        return queries, _attended(for_each_prompt(keys, branch.shape[0]), branch, self.norm4, attention)
 
 
 class TwoWayTransformer(nn.Module):
@@ -134,12 +134,12 @@ class TwoWayTransformer(nn.Module):
             queries, keys = layer(queries, keys, point_embedding, positions)
         attention = self.final_attn_token_to_image
         branch = attention(queries + point_embedding, keys + positions, keys)
-        return _attended(queries, branch, self.norm_final_attn, attention), for_each_prompt(keys, len(queries))
+        return _attended(queries, branch, self.norm_final_attn, attention), for_each_prompt(keys, queries.shape[0])
 
 
 def for_each_prompt(images: Tensor, batch: int) -> Tensor:
     """(images, ...) → (batch, ...), each as many consecutive times; of a single image a view."""
-    count = len(images)
+    count = images.shape[0]
     if count == batch:
         return images
     return images.unsqueeze(1).expand(-1, batch // count, *images.shape[1:]).flatten(0, 1)
