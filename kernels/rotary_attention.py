@@ -25,23 +25,10 @@ from .rotary import _load_pair, _load_parameter, _load_tables, _normalize, _stri
 
 
 @triton.jit
-def _load_affine(weight_ptr, bias_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A norm's weight and bias as pairs; 1 and 0 where they are None."""
-    weight_a, weight_b, bias_a, bias_b = 1.0, 1.0, 0.0, 0.0
-    if weight_ptr is not None:
-        weight_a, weight_b = _load_parameter(weight_ptr, DIM, BLOCK, INTERLEAVED)
-    if bias_ptr is not None:
-        bias_a, bias_b = _load_parameter(bias_ptr, DIM, BLOCK, INTERLEAVED)
-    return weight_a, weight_b, bias_a, bias_b
-
-
-@triton.jit
 def _load_prepared(
     x_ptr,  # [N, D]: one head
-    weight_a,
-    weight_b,
-    bias_a,
-    bias_b,
+    weight_ptr,  # [D] or None
+    bias_ptr,  # [D] or None
     cos_ptr,  # [1 or B, T, D] or None
     sin_ptr,  # [1 or B, T, D] or None
     batch,
@@ -55,7 +42,6 @@ def _load_prepared(
     stride_sin_row,
     eps,
     NORM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -65,8 +51,11 @@ def _load_prepared(
     a, b = _load_pair(x_ptr, token, valid, stride_row, 0.0, DIM, BLOCK, INTERLEAVED)
     if NORM != "none":
         a, b, _ = _normalize(a, b, valid, eps, DIM, BLOCK, NORM)
-        a, b = a * weight_a, b * weight_b
-        if HAS_BIAS:
+        if weight_ptr is not None:
+            weight_a, weight_b = _load_parameter(weight_ptr, DIM, BLOCK, INTERLEAVED)
+            a, b = a * weight_a, b * weight_b
+        if bias_ptr is not None:
+            bias_a, bias_b = _load_parameter(bias_ptr, DIM, BLOCK, INTERLEAVED)
             a, b = a + bias_a, b + bias_b
     if cos_ptr is not None:
         cos_a, cos_b, sin_a, sin_b = _load_tables(
@@ -182,13 +171,10 @@ def _rotary_attention(
     k_ptr += batch * stride_k_batch + (head // groups) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // groups) * stride_v_head
 
-    weight_a, weight_b, bias_a, bias_b = _load_affine(query_weight_ptr, query_bias_ptr, DIM, BLOCK, INTERLEAVED)
     q_a, q_b = _load_prepared(
         q_ptr,
-        weight_a,
-        weight_b,
-        bias_a,
-        bias_b,
+        query_weight_ptr,
+        query_bias_ptr,
         cos_ptr,
         sin_ptr,
         batch,
@@ -202,12 +188,10 @@ def _rotary_attention(
         stride_sin_row,
         eps,
         NORM,
-        query_bias_ptr is not None,
         DIM,
         BLOCK,
         INTERLEAVED,
     )
-    weight_a, weight_b, bias_a, bias_b = _load_affine(key_weight_ptr, key_bias_ptr, DIM, BLOCK, INTERLEAVED)
     acc = tl.zeros([BLOCK_M, VALUE_MAIN], dtype=tl.float32)
     acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL if VALUE_TAIL > 0 else 16], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
@@ -220,10 +204,8 @@ def _rotary_attention(
             column = start + tl.arange(0, BLOCK_N).to(tl.int64)
             k_a, k_b = _load_prepared(
                 k_ptr,
-                weight_a,
-                weight_b,
-                bias_a,
-                bias_b,
+                key_weight_ptr,
+                key_bias_ptr,
                 cos_ptr,
                 sin_ptr,
                 batch,
@@ -237,7 +219,6 @@ def _rotary_attention(
                 stride_sin_row,
                 eps,
                 NORM,
-                key_bias_ptr is not None,
                 DIM,
                 BLOCK,
                 INTERLEAVED,
@@ -270,14 +251,15 @@ def _rotary_attention(
         store_tile(out_ptr, acc_tail * inverse, row, tokens, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
-def _row(query: torch.Tensor, value: torch.Tensor) -> dict[str, int]:
+def _row(query: torch.Tensor, value: torch.Tensor, norm: str | None) -> dict[str, int]:
     dim = max(query.shape[3], value.shape[3])
-    return config("rotary_attention", target_of(query), element_size=query.element_size(), head_dim=dim)
+    normalized = int(norm is not None)
+    return config("rotary_attention", target_of(query), element_size=query.element_size(), head_dim=dim, norm=normalized)
 
 
-def max_tokens(query: torch.Tensor, value: torch.Tensor) -> int:
+def max_tokens(query: torch.Tensor, value: torch.Tensor, norm: str | None) -> int:
     """The longest sequence that this kernel is meant for, by the tuning table."""
-    return _row(query, value)["MAX_TOKENS"]
+    return _row(query, value, norm)["MAX_TOKENS"]
 
 
 def launch_rotary_attention(
@@ -298,7 +280,7 @@ def launch_rotary_attention(
 ) -> None:
     """Fills out; the last stride of every tensor is 1, parameters are contiguous."""
     batch, heads, tokens, dim = query.shape
-    row = _row(query, value)
+    row = _row(query, value, norm)
     value_main, value_tail = split_head_dim(value.shape[3])
     launch(
         "rotary_attention",

@@ -59,13 +59,23 @@ def launched(triton_backend, monkeypatch):
     return names
 
 
-@pytest.fixture
-def shortest(monkeypatch):
-    """A tuning table by which two tokens are many."""
+def _set_max_tokens(monkeypatch, tokens):
     from fastvit.kernels import rotary_attention as kernel
 
     table = kernel.config
-    monkeypatch.setattr(kernel, "config", lambda *a, **s: table(*a, **s) | {"MAX_TOKENS": 1})
+    monkeypatch.setattr(kernel, "config", lambda *a, **s: table(*a, **s) | {"MAX_TOKENS": tokens})
+
+
+@pytest.fixture(autouse=True)
+def _longest(monkeypatch):
+    """A tuning table by which the one kernel serves any number of tokens."""
+    _set_max_tokens(monkeypatch, 2**20)
+
+
+@pytest.fixture
+def shortest(_longest, monkeypatch):
+    """A tuning table by which two tokens are many."""
+    _set_max_tokens(monkeypatch, 1)
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def rotary_attention_forward(
     from ..kernels import rotary_attention as kernel
 
     params = query_weight, query_bias, key_weight, key_bias
-    if query.shape[2] > kernel.max_tokens(query, value):
+    if query.shape[2] > kernel.max_tokens(query, value, norm):
         query, key = rotary.qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)
         return attention.attention_forward(query, key, value, None, None, None, False, scale)[0]
     out = _new_result(query, value)
