@@ -89,8 +89,14 @@ def encoder_gradients(model, x):
     model.zero_grad(set_to_none=True)
     x = x.clone().requires_grad_()
     out = model(x)
-    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    (out * random(*out.shape, seed=3).to(out)).sum().backward()
     return {name: p.grad for name, p in model.named_parameters()} | {"images": x.grad}
+
+
+def test_the_encoders_gradients_on_the_kernels(triton_backend, device):
+    ours, theirs = encoders(image_size=48, depth=2, window_size=2)
+    found = encoder_gradients(ours.to(device), images(48, 1).to(device))
+    assert_equal_gradients({name: t.cpu() for name, t in found.items()}, encoder_gradients(theirs, images(48, 1)))
 
 
 def test_the_encoders_gradients_are_metas():
@@ -416,17 +422,34 @@ def test_no_prompts_give_no_masks():
     assert (masks.shape, iou.shape) == ((0, 3, 40, 40), (0, 3))
 
 
+def decoder_gradients(model, side, prompts, device="cpu"):
+    embeddings = random(1, model.prompt_encoder.embed_dim, side, side).to(device).requires_grad_()
+    masks, iou = decode(model, embeddings, **prompts)
+    loss = (masks * random(*masks.shape, seed=5).to(masks)).sum() + (iou * random(*iou.shape, seed=6).to(iou)).sum()
+    loss.backward()
+    return every_gradient(model) | {"image": embeddings.grad.cpu()}
+
+
+def every_gradient(model):
+    """Zeros stand for none: which of the two a parameter that was not used gets is nobody's promise."""
+    return {name: torch.zeros_like(p).cpu() if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
+
+
 @pytest.mark.parametrize("name", ["points", "all"])
 def test_gradients_of_prompts_and_decoder_are_metas(name):
-    found = []
-    for model in parts():
-        embeddings = random(1, 32, 10, 10).requires_grad_()
-        masks, iou = decode(model, embeddings, **PROMPTS[name](2))
-        ((masks * random(*masks.shape, seed=5)).sum() + (iou * random(*iou.shape, seed=6)).sum()).backward()
-        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-        found.append(gradients | {"image": embeddings.grad})
-    assert len(found[0]) > 100
-    assert_equal_gradients(*found)
+    ours, theirs = (decoder_gradients(model, 10, PROMPTS[name](2)) for model in parts())
+    assert sum(bool(gradient.any()) for gradient in theirs.values()) > 100
+    assert_equal_gradients(ours, theirs)
+
+
+@pytest.mark.slow
+def test_the_decoders_gradients_on_the_kernels(triton_backend, device):
+    """Two prompts of one image: its keys are seen through views without a stride, and their gradients added up."""
+    ours, theirs = parts(side=48, decoder_dim=32, mlp_dim=32)
+    prompts = {"points": points(2)}
+    moved = {"points": tuple(t.to(device) for t in prompts["points"])}
+    found = decoder_gradients(ours.to(device), 3, moved, device)
+    assert_equal_gradients(found, decoder_gradients(theirs, 3, prompts))
 
 
 @pytest.mark.parametrize("place", ["0", "1", "2", "3", ""])
@@ -581,8 +604,8 @@ def test_gradients_reach_the_encoder_from_the_masks_as_metas():
     for model in parts():
         logits, iou = decode(model, model.image_encoder(images(160, 1)), points=points(2))
         ((logits * random(*logits.shape, seed=5)).sum() + iou.sum()).backward()
-        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()})
-    assert any(name.startswith("image_encoder.blocks.0.attn.rel_pos") for name in found[0])
+        found.append(every_gradient(model))
+    assert found[1]["image_encoder.blocks.0.attn.rel_pos_h"].any()
     assert_equal_gradients(*found)
 
 
