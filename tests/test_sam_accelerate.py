@@ -13,7 +13,7 @@ import fastvit
 from fastvit._torchvision import ensure_importable
 from fastvit.integrations import handoff
 from tests.model_errors import assert_equal_gradients, gradients, relative, seeded
-from tests.models_for_acceleration import perturb
+from tests.models_for_acceleration import perturb, timm_vit
 
 ensure_importable()
 
@@ -454,6 +454,41 @@ def test_attention_maps_say_that_there_are_none():
             fastvit.attention_maps(model, image(1))
 
 
+def test_attention_maps_of_an_encoder_beside_a_mask_decoder():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = timm_vit(), meta_sam().mask_decoder
+
+        def forward(self, x):
+            return self.encoder(x)
+
+    model, x = Both(), image(1, 24)
+    expected = fastvit.attention_maps(model.encoder, x)
+    for found in (fastvit.attention_maps(model, x), fastvit.attention_maps(fastvit.accelerate(model), x)):
+        assert len(found) == 3
+        for ours, theirs in zip(found, expected, strict=True):
+            assert relative(ours, theirs) <= ERROR
+
+
+def test_masks_run_a_blocks_own_forward():
+    from segment_anything.modeling.image_encoder import Block
+
+    class Masked(Block):
+        def forward(self, x, attn_mask=None):
+            return super().forward(x if attn_mask is None else x * attn_mask)
+
+    block, x = meta_encoder().blocks[0], torch.randn(2, 5, 7, DIM, generator=torch.Generator().manual_seed(0))
+    block.__class__ = Masked
+    mask = (x[..., :1] > 0).float()
+    expected = block(x, mask).detach()
+    fastvit.accelerate(block)
+    assert torch.equal(block(x, mask).detach(), expected)
+    assert fastvit.report(block).fallbacks == {"": "it was called with a mask, which attention on an image has none of"}
+    block(x, attn_mask=None)
+    assert_fused(block, 1)
+
+
 # --- the mask decoder ---------------------------------------------------------------------------------------------------
 
 
@@ -583,6 +618,51 @@ def test_a_decoder_compiles_in_one_graph():
     transformer = fastvit.accelerate(model.mask_decoder).transformer
     model.mask_decoder.transformer = torch.compile(transformer, fullgraph=True, backend="aot_eager")
     assert relative(decode(model, inputs).detach(), expected) <= ERROR
+
+
+@pytest.mark.parametrize("key", DECODERS)
+def test_a_model_under_autocast(key):
+    model, inputs = prompted(key)
+    with torch.no_grad():
+        exact = masks_of(model(**inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = masks_of(model(**inputs))
+            actual = masks_of(fastvit.accelerate(model)(**inputs))
+    assert_fused(model, 6)
+    assert actual.dtype == eager.dtype
+    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
+
+
+def test_calls_that_only_the_original_serves():
+    """Sizes that broadcast, and attention that drops weights in training (SAM 2's has a rate)."""
+    from segment_anything.modeling.transformer import Attention
+
+    class Dropping(Attention):
+        dropout_p = 0.5
+
+        def forward(self, q, k, v):
+            return super().forward(q, k, nn.functional.dropout(v, self.dropout_p, self.training))
+
+    attention = with_tables(Dropping(32, 4, downsample_rate=2))
+    generator = torch.Generator().manual_seed(6)
+    query, key, one = (torch.randn(batch, 5, 32, generator=generator) for batch in (3, 3, 1))
+    expected = [attention(query, key, key).detach(), attention(query, one, one).detach()]
+    fastvit.accelerate(attention)
+    assert relative(attention(q=query, k=key, v=key).detach(), expected[0]) <= ERROR
+    assert_fused(attention, 1)
+    assert torch.equal(attention(query, one, one).detach(), expected[1])
+    assert "not of one batch" in fastvit.report(attention).fallbacks[""]
+    attention.train()
+    attention(query, key, key)
+    assert fastvit.report(attention).fallbacks == {"": "dropout of the attention weights is active"}
+
+    block = prompted("segment_anything")[0].mask_decoder.transformer.layers[1]
+    tokens, image_tokens, positions = (torch.randn(shape, generator=generator) for shape in ((3, 5, 32), (3, 9, 32), (1, 9, 32)))
+    expected = block(tokens, image_tokens, tokens, positions)
+    fastvit.accelerate(block)
+    for ours, theirs in zip(block(tokens, image_tokens, tokens, positions), expected, strict=True):
+        assert relative(ours, theirs) <= ERROR
+    assert fastvit.report(block).fallbacks == {"": "positions are not of the shape of what they are added to"}
 
 
 def test_a_changed_decoder_is_left_alone_or_runs_its_own_forward():
