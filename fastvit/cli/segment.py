@@ -30,7 +30,7 @@ class Model(str, Enum):
 
 def segment(
     pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="Pictures, or folders of them.", show_default=False)
+        list[Path], typer.Argument(metavar="PICTURE", help="Pictures, or folders of them.", show_default=False)
     ],
     checkpoint: Annotated[
         str | None,
