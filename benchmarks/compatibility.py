@@ -16,7 +16,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,16 @@ def own_modes(model: nn.Module) -> dict[str, Callable[[], None]]:
     """The modes that a library offers for its own model: name → what switches it on."""
     if hasattr(model, "set_attn_implementation"):
         return {name: lambda name=name: model.set_attn_implementation(name) for name in ("sdpa", "eager")}
-    if any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
+    if not hasattr(model, "blocks") and any(isinstance(module, nn.MultiheadAttention) for module in model.modules()):
         switch = torch.backends.mha.set_fastpath_enabled
         return {"fast path": lambda: switch(True), "without fast path": lambda: switch(False)}
-    return {"fused": lambda: None}
+    switched = [module for module in model.modules() if hasattr(module, "fused_attn")]  # timm's
+
+    def fuse(value: bool) -> None:
+        for module in switched:
+            module.fused_attn = value
+
+    return {"fused": lambda: fuse(True), "unfused": lambda: fuse(False)} if switched else {"its only one": lambda: None}
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
@@ -58,11 +64,13 @@ def measure(key: str, size: Size, rounds: int, batch: int = 1) -> dict[str, Any]
     fastvit.accelerate(model)
     found = error(output_of(model(**inputs)), expected)
     report = fastvit.report(model, **inputs)
+    served = {name: text for name, text in report.replaced.items() if name not in report.fallbacks}
     row = {
         "title": family.title,
-        "replaced": len(report.replaced),
+        "served": len(served),
         "skipped": report.skipped,
-        "serves": sorted(set(report.replaced.values())),
+        "fallbacks": report.fallbacks,
+        "serves": sorted(set(served.values())),
         "fused_share": report.fused_share,
         "relative_error": found,
     }
@@ -118,7 +126,7 @@ def page(results: dict[str, Any]) -> str:
         low, high = row["ratio_quartiles"]
         before, after = (f"{1e3 * row['seconds'][name]:.0f} ms" for name in (row["best_own_mode"], "accelerated"))
         lines.append(
-            f"| {row['title']} | {row['replaced']} | {row['fused_share']:.1%} | {row['relative_error']:.1e}"
+            f"| {row['title']} | {row['served']} | {row['fused_share']:.1%} | {row['relative_error']:.1e}"
             f" | {row['best_own_mode']} | {before} | {after} | {row['ratio']:.2f} ({low:.2f}–{high:.2f}) |"
         )
     lines += [
@@ -133,8 +141,23 @@ def page(results: dict[str, Any]) -> str:
         "",
         *[f"- {row['title']}: {'; '.join(row['serves'])}" for row in rows],
         "",
+        "What runs its own forward, and why:",
+        "",
+        *_left(rows),
+        "",
     ]
     return "\n".join(lines)
+
+
+def _left(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each reason of a family."""
+    lines = []
+    for row in rows:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in {**row["skipped"], **row["fallbacks"]}.items():
+            reasons.setdefault(reason, []).append(name or "the model")
+        lines += [f"- {row['title']}: {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+    return lines or ["- nothing"]
 
 
 def main() -> None:
@@ -147,7 +170,7 @@ def main() -> None:
         PAGE.write_text(page(json.loads(options.write_only.read_text())))
         return
     results: dict[str, Any] = {"machine": machine(), "date": datetime.date.today().isoformat(), "families": {}}
-    failed = []
+    failed, slower = [], []
     for key in options.family or FAMILIES:
         row = results["families"][key] = measure(key, BASE, options.rounds)
         gc.collect()
@@ -157,11 +180,13 @@ def main() -> None:
             continue
         low, high = row["ratio_quartiles"]
         print(
-            f"{row['title']:<42} {row['replaced']:>2} blocks, {row['fused_share']:.1%} fused, error {row['relative_error']:.1e},"
+            f"{row['title']:<42} {row['served']:>2} served, {row['fused_share']:.1%} fused, error {row['relative_error']:.1e},"
             f" {row['seconds'][row['best_own_mode']] * 1e3:6.1f} ms ({row['best_own_mode']}) ->"
             f" {row['seconds']['accelerated'] * 1e3:6.1f} ms: {row['ratio']:.2f} ({low:.2f}-{high:.2f})",
             flush=True,
         )
+        if row["ratio"] < 1:
+            slower.append(f"{key}: accelerated it takes 1/{row['ratio']:.2f} of its time")
     if failed:
         sys.exit("\n".join(failed))
     if options.family is None:
@@ -170,6 +195,8 @@ def main() -> None:
         (RESULTS / name).write_text(json.dumps(results, indent=2) + "\n")
         PAGE.write_text(page(results))
         print(f"Written: {PAGE.relative_to(ROOT)}, {(RESULTS / name).relative_to(ROOT)}")
+    if slower:
+        sys.exit("slower than the original:\n" + "\n".join(slower))
 
 
 if __name__ == "__main__":
