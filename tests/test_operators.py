@@ -67,6 +67,11 @@ def _qk_norm_rope(norm=None, rotate=True, bias=True, tables=1, dtype=torch.float
     return query, key, cos, sin, False, norm, weight, bias, weight, bias, 1e-6
 
 
+def _rotary_attention(norm=None, **options):
+    query, key, *rest = _qk_norm_rope(norm, **options)
+    return query, key, torch.randn_like(key), *rest, 0.3
+
+
 def _qk_norm_rope_backward(**options):
     query, key, *rest = _qk_norm_rope(**options)
     return torch.randn_like(query), torch.randn_like(key), query, key, *rest
@@ -153,6 +158,10 @@ SAMPLES = {
         "layer norm": lambda: _qk_norm_rope_backward(norm="layer"),
         "layer norm without a bias": lambda: _qk_norm_rope_backward(norm="layer", bias=False),
         "rms norm alone": lambda: _qk_norm_rope_backward(norm="rms", rotate=False),
+    },
+    "rotary_attention_forward": {
+        "rotated": _rotary_attention,
+        "bfloat16, layer norm": lambda: _rotary_attention("layer", dtype=torch.bfloat16),
     },
     "glu_forward": {"silu": _glu, "bfloat16, gelu": lambda: _glu("gelu", torch.bfloat16)},
     "glu_backward": {"silu": lambda: (_t(2, 5, 8), *_glu())},
