@@ -583,6 +583,7 @@ def test_decoder_attentions_are_collected_as_before():
     for ours, theirs in zip(actual, expected, strict=True):
         assert relative(ours, theirs) <= ERROR
     assert not any("mask_decoder" in name for name in fastvit.report(model).fallbacks)
+    assert len(fastvit.report(model).replaced) == 6
 
 
 def test_similarities_and_targets_run_the_models_own_forward():
