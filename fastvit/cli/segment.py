@@ -29,9 +29,7 @@ class Model(str, Enum):
 
 
 def segment(
-    pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE", help="Pictures, or folders of them.", show_default=False)
-    ],
+    pictures: Annotated[list[Path], typer.Argument(metavar="PICTURE", help="Pictures, or folders of them.", show_default=False)],
     checkpoint: Annotated[
         str | None,
         typer.Option(metavar="FILE", help="SAM's weights: a .pth or safetensors file, or a Hugging Face folder or id."),
