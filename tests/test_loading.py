@@ -1,5 +1,6 @@
 """Loading: the model that was saved, accelerated; nothing fetched that lies in a folder; and nothing run that was read."""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -390,7 +391,7 @@ def test_a_repository_without_weights(saved, monkeypatch, tmp_path):
     assert "no weights of a known kind (model.safetensors, pytorch_model.bin)" in refusal("owner/model")
 
 
-def test_a_checkpoint_file_is_refused_with_what_can_be_loaded(tmp_path):
+def test_a_file_of_another_model_than_segment_anything_is_refused_with_what_can_be_loaded(tmp_path):
     path = tmp_path / "sam_vit_b.pth"
     torch.save({"image_encoder.pos_embed": torch.zeros(1)}, path)
     message = refusal(path)
@@ -442,6 +443,132 @@ def test_damaged_weights(kind, damage, copied):
         assert "its weights are damaged" in message
     if kind == "vit" and damage == "another model's":
         assert "do not have the shapes" in message
+
+
+def add_tensors(folder: Path, *names: str) -> None:
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | {name: torch.ones(2) for name in names}, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("architecture", ["ViTForImageClassification", "ViTModel"])
+def test_a_config_of_fewer_layers_than_its_weights(architecture, copied):
+    folder = copied("vit")
+    edit(folder, num_hidden_layers=1, architectures=[architecture])
+    message = refusal(folder)
+    assert f"16 of its weights have no place in {architecture}" in message
+    assert "layers.1.attention.k_proj.bias" in message
+
+
+@pytest.mark.parametrize("kind", ["siglip", "dinov3"])
+def test_no_layer_is_cut_off_where_libraries_name_parts_otherwise(kind, copied, tmp_path):
+    """SigLIP's layers lie in an encoder; DINOv3's model is its own head, around the part with the layers."""
+    if kind == "siglip":
+        folder = copied(kind)
+    else:
+        folder, model = tmp_path / kind, transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**VIT, intermediate_size=96))
+        model.save_pretrained(folder)
+        add_tensors(folder, "classifier.weight")
+        assert type(fastvit.load(folder)) is transformers.DINOv3ViTModel, "without a head, another model's is left out"
+    edit(folder, num_hidden_layers=1, out_features=None, out_indices=None, stage_names=None)
+    assert "no place in" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "name"),
+    [
+        ("vit", "ViTForImageClassification", "second_head.weight"),
+        ("vit", "ViTForImageClassification", "vit.layers.1.attention.k_proj.lora_A.weight"),
+        ("vit", "ViTModel", "vit.layers.0.gate"),
+        ("vit", "ViTModel", "layernorm.scale"),
+    ],
+)
+def test_weights_that_the_model_would_not_run_are_refused(kind, architecture, name, copied):
+    folder = copied(kind)
+    edit(folder, architectures=[architecture])
+    add_tensors(folder, name)
+    message = refusal(folder)
+    assert "1 of its weights have no place in" in message
+    assert name.removeprefix("vit.") in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("ViTForImageClassification", "vit.pooler.dense.weight"),  # transformers builds its classifiers without one
+        ("ViTForImageClassification", "vit.embeddings.mask_token"),  # of masked pretraining
+        ("ViTModel", "decoder.layers.0.weight"),
+        (None, "logit_scale"),
+    ],
+)
+def test_what_was_trained_beside_the_model_is_left_out(architecture, name, copied, saved):
+    folder = copied("vit")
+    edit(folder, architectures=[architecture] if architecture else None)
+    add_tensors(folder, name)
+    model, original = fastvit.load(folder), saved["vit"][1]
+    body = model if architecture in ("ViTModel", None) else model.vit
+    assert torch.equal(body.layers[1].mlp.fc1.weight, original.vit.layers[1].mlp.fc1.weight)
+
+
+def in_shards(folder: Path, shard: str) -> None:
+    """The folder's weights behind an index that says they lie in ``shard``."""
+    path, names = folder / "model.safetensors", load_file(folder / "model.safetensors")
+    (folder / shard).parent.mkdir(exist_ok=True)
+    path.rename(folder / shard)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_in_shards_are_read(copied, saved):
+    folder = copied("vit")
+    in_shards(folder, "model-00001-of-00001.safetensors")
+    assert torch.equal(fastvit.load(folder).classifier.weight, saved["vit"][1].classifier.weight)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "deeper/../../outside.safetensors", "{}/outside.safetensors"])
+def test_an_index_cannot_point_outside_its_folder(shard, copied, tmp_path):
+    folder = copied("vit")
+    (folder / "deeper").mkdir()
+    in_shards(folder, shard.format(tmp_path))
+    assert (tmp_path / "outside.safetensors").is_file(), "there is something to read"
+    message = refusal(folder)
+    assert "outside.safetensors" in message
+    assert "expected the name of a file beside it" in message
+
+
+def test_a_config_cannot_choose_another_index(copied, tmp_path):
+    folder = copied("vit")
+    in_shards(folder, "../outside.safetensors")
+    (folder / "model.safetensors.index.json").rename(folder / "own.safetensors.index.json")
+    edit(folder, transformers_weights="own.safetensors.index.json")
+    assert "model.safetensors" in refusal(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', '{"weight_map": {"a": ".."}}'])
+def test_an_index_that_is_none(content, copied):
+    folder = copied("vit")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("quantization", "package"),
+    [
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "torchao"),
+        ({"quant_method": "hqq"}, "HQQ"),
+        ({"quant_method": "gptq", "bits": 4}, "optimum"),
+    ],
+)
+def test_the_package_of_quantized_weights_is_named(quantization, package, copied):
+    if importlib.util.find_spec(package.lower()):
+        pytest.skip(f"{package} is installed")
+    folder = copied("vit")
+    edit(folder, quantization_config=quantization)
+    message = refusal(folder)
+    assert package in message
+    assert "install" in message
+    assert "pip install 'fastvit[models]'" not in message
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ from typing import Any
 
 from .. import _torchvision
 
+BROUGHT = {"timm", "transformers", "huggingface_hub", "safetensors", "tokenizers", "torchvision", "yaml"}  # by fastvit[models]
+
 
 class LoadError(ValueError):
     """A model that cannot be loaded; the message is one line that names it and the reason."""
@@ -35,10 +37,20 @@ def _reason(error: BaseException) -> str:
             " so it is refused (safetensors files hold tensors alone)"
         )
     if isinstance(error, ImportError):
-        return f"{error.name or one_line(error)} is missing: pip install 'fastvit[models]'"
+        return _missing(error)
     if type(error).__name__ == "SafetensorError":  # raised by safetensors, which need not be installed here
         return f"its weights are damaged ({one_line(error)})"
     return f"cannot be loaded ({one_line(error)})"
+
+
+def _missing(error: ImportError) -> str:
+    """What to install; where a library checks for a package itself, as transformers for quantizers, its own words say it."""
+    package = (error.name or "").partition(".")[0]
+    if not package:
+        return f"cannot be loaded with what is installed ({one_line(error)})"
+    if package in BROUGHT:
+        return f"{package} is missing: pip install 'fastvit[models]'"
+    return f"it needs the package {package}, which fastvit does not bring: install it"
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -2,7 +2,8 @@
 
 import inspect
 import json
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from .errors import LoadError, explained, library
 DESCRIPTIONS = ["config.json", "preprocessor_config.json"]
 SAFE = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
 PICKLED = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"]
+INDEXES = ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
+FOREIGN = {"auto_map", "transformers_weights"}  # keys of a config that are never followed
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def from_folder(folder: Path, raw: dict[str, Any], weights: bool) -> nn.Module:
         if not weights:
             with torch.device("meta"):
                 return cls(config)
+        _check_shards(folder)
         model, info = cls.from_pretrained(
             str(folder),
             config=config,
@@ -72,6 +76,7 @@ def from_folder(folder: Path, raw: dict[str, Any], weights: bool) -> nn.Module:
         unfit = {key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]}
     if unfit:
         raise LoadError(f"{folder}: {len(unfit)} of its weights do not have the shapes of its config: {_few(unfit)}")
+    _check_taken(folder, model, info["unexpected_keys"])
     _check_complete(folder, model, set(info["missing_keys"]))
     return model
 
@@ -103,13 +108,46 @@ def _config_and_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, Any]:
 
 def _inert(value: Any) -> Any:
     """A config without what would fetch something or run foreign code: kernels by a Hub id, a repository's own classes,
-    a backbone with weights from elsewhere."""
+    a backbone with weights from elsewhere, files of weights under names that are not checked here."""
     if isinstance(value, list):
         return [_inert(item) for item in value]
     if not isinstance(value, dict):
         return value
-    inert = {key: _inert(item) for key, item in value.items() if key != "auto_map" and "_implementation" not in key}
+    inert = {key: _inert(item) for key, item in value.items() if key not in FOREIGN and "_implementation" not in key}
     return inert | {"use_pretrained_backbone": False} if inert.get("use_pretrained_backbone") else inert
+
+
+def _check_shards(folder: Path) -> None:
+    """An index of weights names files that lie beside it, and no others: transformers would follow it anywhere."""
+    for path in filter(Path.is_file, (folder / name for name in INDEXES)):
+        shards = read_json(path).get("weight_map")
+        if not isinstance(shards, dict):
+            raise LoadError(f"{path}: its weight_map is {type(shards).__name__}; expected an object")
+        for shard in shards.values():
+            # A Windows path knows both separators, and drives.
+            if not isinstance(shard, str) or shard in ("", "..") or PureWindowsPath(shard).name != shard:
+                raise LoadError(f"{path}: says that weights lie in {repr(shard)[:200]}; expected the name of a file beside it")
+
+
+def _check_taken(folder: Path, model: Any, unexpected: Iterable[str]) -> None:
+    """Weights that the model has no place for mean that it is not the one that was trained: cut off, or without adapters.
+
+    Left out without a word is what transformers lists as ignored, what only masked pretraining uses, a pooler in front of
+    another head, and of a model without a head (what ``AutoModel`` gives, or a backbone) all that was trained beside it:
+    heads, a decoder, the tower for the texts.
+    """
+    transformers, base = library("transformers"), model.base_model
+    headless = base is model or type(model) is transformers.AutoModel._model_mapping.get(type(model.config), None)
+    parts = {name for module in (model, base) for name, _ in module.named_children()}
+    untaken = set()
+    for name in unexpected:
+        part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
+        beside = part not in parts and (headless or part == "pooler")
+        if not beside and not name.endswith(".mask_token"):
+            untaken.add(name)
+    if untaken:
+        what = f"{len(untaken)} of its weights have no place in {type(model).__name__} as its config describes it"
+        raise LoadError(f"{folder}: {what}: {_few(untaken)}")
 
 
 def _check_complete(folder: Path, model: Any, missing: set[str]) -> None:
