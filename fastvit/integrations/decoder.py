@@ -129,8 +129,8 @@ def _linear(ops: Any, module: Any, name: str, x: Tensor) -> Tensor:
     return ops.linear(x, linear.weight, linear.bias)
 
 
-def probe_inputs(module: Any, layout: DecoderLayout, generator: torch.Generator) -> tuple[Tensor, ...]:
+def probe_inputs(module: Any, layout: DecoderLayout, generator: torch.Generator, tokens: int, keys: int) -> tuple[Tensor, ...]:
     """Random queries, keys and values for a stand-in."""
     batch = (2, 2) if layout.prompts else (2,)
     widths = [getattr(module, name).in_features for name in PROJECTIONS]
-    return tuple(torch.randn(*batch, n, w, generator=generator) for n, w in zip((3, 5, 5), widths, strict=True))
+    return tuple(torch.randn(*batch, n, w, generator=generator) for n, w in zip((tokens, keys, keys), widths, strict=True))

@@ -20,9 +20,9 @@ def window_of(block: Any) -> int | None:
     return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
 
 
-def probe_shape(window: int) -> tuple[int, int]:
-    """A small image that neither fills its windows nor is square: its tables are resized, or it has padded tokens."""
-    return (window + 1, 2) if window else (3, 2)
+def probe_shapes(window: int) -> tuple[tuple[int, int], ...]:
+    """Images that neither fill their windows nor are square: tables are resized, or tokens padded, in either direction."""
+    return ((window + 1, 2), (2, window + 1)) if window else ((9, 8),)
 
 
 def tables(owner: Any) -> tuple[Tensor, Tensor] | tuple[None, None]:

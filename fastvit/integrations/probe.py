@@ -3,7 +3,9 @@
 Names and shapes cannot tell a pre-norm block from a parallel or a post-norm one with the same children; this can. The
 probe works on a stand-in with weights of its own, on the CPU, so that models on any device (also ``meta``), in any dtype
 and of any training state are proved without being touched, and without consuming random numbers. It compares in evaluation
-and in training mode: dropout that is no module shows only there.
+and in training mode: dropout that is no module shows only there. And it compares once more with larger queries: a clamped
+or capped score shows only where scores are large, another reach (a band, a window, the best few keys) only among many
+tokens. What begins beyond these sizes is not seen.
 """
 
 import copy
@@ -21,12 +23,13 @@ from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import read_call
 from .dispatched import without_hooks
 from .multihead import MultiheadCall, MultiheadLayout
-from .parts import AnyLayout, Layout, child, drops_attention_weights, why_not_in_windows
+from .parts import AnyLayout, Layout, child, drops_attention_weights, part, why_not_in_windows
 
-TOKENS = 3  # that have a position; class and register tokens come on top
+TOKENS = 67  # that have a position; class and register tokens come on top
+KEYS = TOKENS + 4  # where others are attended to
+SHARPER = 6.0  # times the queries of random weights: scores reach ±40 to ±90, and softmax is nearly one-hot
 TOLERANCE = 2e-5  # of the largest value; erf and tanh GELU differ by more, float32 rounding by less
-
-
+PASSES = ((False, False), (True, False), (False, True))  # training, sharper
 SMALL_BUFFER = 1024  # elements; larger buffers are told apart by identity
 PLAIN_VALUES = (int, float, complex, str, bytes, type(None))
 OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -74,19 +77,57 @@ def why_different(module: nn.Module, layout: AnyLayout) -> str | None:
         _use_sdpa(owner)
         channels = child(twin, layout.norms.before).normalized_shape[0]
         prefix = getattr(owner, layouts.PREFIX_TOKENS, 1) if layout.rotary else 0
-        shape = (TOKENS + prefix,) if layout.window is None else grid.probe_shape(layout.window)
-        x = torch.randn(2, *shape, channels, generator=generator)
+        shapes = ((TOKENS + prefix,),) if layout.window is None else grid.probe_shapes(layout.window)
         calls = _calls(layout, owner, generator)
-        for training in (False, True):
+        for training, sharper in PASSES:
             for m in twins.values():
                 m.__dict__["training"] = training
             if training and (drops_attention_weights(owner) or why_not_in_windows(twin, layout)):  # then it runs its own forward
-                break
+                continue
+            if sharper:
+                _sharpen(twin, layout)
+            x = torch.randn(2, *shapes[-1 if sharper else 0], channels, generator=generator)
             for keywords in calls:
                 reason = _compare(twin, layout, x, keywords)
                 if reason is not None:
-                    return f"in training {reason}" if training else reason
+                    return _in_pass(reason, training, sharper)
         return None
+
+
+def _in_pass(reason: str, training: bool, sharper: bool) -> str:
+    return f"in training {reason}" if training else f"where scores are large, {reason}" if sharper else reason
+
+
+def _sharpen(twin: nn.Module, layout: Layout) -> None:
+    """Makes the scores of a stand-in's attention SHARPER times as large, by its queries alone.
+
+    Norms of queries and keys undo what comes before them: they are scaled themselves, keys' too, whose scores are smaller.
+    """
+    names = layout.attention
+    owner, norms = child(twin, names.owner), [part(twin, path) for path in (names.query_norm, names.key_norm)]
+    if layout.multihead:
+        _sharpen_multihead(owner)
+    elif any(norm is not None for norm in norms):
+        for norm, factor in zip(norms, (SHARPER, 2.0), strict=True):
+            _scale(() if norm is None else norm.parameters(), factor)
+    elif len(names.qkv) == 3:
+        _scale(child(twin, names.qkv[0]).parameters(), SHARPER)
+    elif names.qkv[0] in layout.called:  # an adapter, in which queries cannot be told from keys: both
+        _scale(child(twin, names.qkv[0]).parameters(), SHARPER**0.5)
+    else:
+        packed = [p[: len(p) // 3] for p in child(twin, names.qkv[0]).parameters()]
+        bias = getattr(owner, layouts.SEPARATE_BIASES[0], None)
+        _scale(packed if bias is None else [*packed, bias], SHARPER)
+
+
+def _sharpen_multihead(module: Any) -> None:
+    packed = (t for t in (module.in_proj_weight, module.in_proj_bias) if t is not None)
+    _scale((t[: module.embed_dim] for t in packed), SHARPER)
+
+
+def _scale(tensors: Iterable[Tensor], factor: float) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor)
 
 
 def _calls(layout: Layout, owner: Any, generator: torch.Generator) -> list[dict[str, Any]]:
@@ -131,12 +172,18 @@ def _compare(twin: nn.Module, layout: Layout, x: Tensor, keywords: dict[str, Any
 
 
 def _compare_multihead(twin: Any, generator: torch.Generator) -> str | None:
-    query, key = (torch.randn(count, count, twin.embed_dim, generator=generator) for count in (TOKENS, TOKENS))
-    with _no_fast_path():
-        expected = type(twin).forward(twin, query, key, key, need_weights=False)[0]
-    actual = compute_multihead(twin, MultiheadCall(query, key, key, None, False), "torch")[0]
-    error = (actual - expected).abs().max() / expected.abs().max()
-    return None if error <= TOLERANCE else f"its forward computes something else (differs by {error:.1e} on a probe)"
+    shapes = ((2, TOKENS), (2, KEYS)) if twin.batch_first else ((TOKENS, 2), (KEYS, 2))
+    query, key = (torch.randn(*shape, twin.embed_dim, generator=generator) for shape in shapes)
+    for sharper in (False, True):
+        if sharper:
+            _sharpen_multihead(twin)
+        with _no_fast_path():
+            expected = type(twin).forward(twin, query, key, key, need_weights=False)[0]
+        actual = compute_multihead(twin, MultiheadCall(query, key, key, None, False), "torch")[0]
+        error = (actual - expected).abs().max() / expected.abs().max()
+        if not error <= TOLERANCE:
+            return _in_pass(f"its forward computes something else (differs by {error:.1e} on a probe)", False, sharper)
+    return None
 
 
 def _compare_decoder(twin: Any, layout: Any, generator: torch.Generator, modules: Iterable[nn.Module]) -> str | None:
@@ -147,14 +194,19 @@ def _compare_decoder(twin: Any, layout: Any, generator: torch.Generator, modules
     compute_it: Any = compute_two_way if two else compute_decoder
     for module in modules:
         _use_sdpa(module)
-    for training in (False, True):
+    for training, sharper in PASSES:
         for module in modules:
             module.__dict__["training"] = training
         try:
-            inputs = probe_inputs(twin, layout, generator)
+            if sharper:
+                attentions = [getattr(twin, name) for name in two_way.ATTENTIONS] if two else [twin]
+                _scale((p for a in attentions for p in getattr(a, decoder.PROJECTIONS[0]).parameters()), SHARPER)
+            inputs = probe_inputs(twin, layout, generator, TOKENS, KEYS)
             call = read(twin, layout, inputs, {})
-            if isinstance(call, str):  # in training: then it runs its own forward
-                return None if training else f"its calls cannot be read: {call}"
+            if isinstance(call, str) and training:  # then it runs its own forward
+                continue
+            if isinstance(call, str):
+                return f"its calls cannot be read: {call}"
             with _seeded():
                 expected = type(twin).forward(twin, *(t if t is None else t.clone() for t in inputs))
             with _seeded():
@@ -163,7 +215,7 @@ def _compare_decoder(twin: Any, layout: Any, generator: torch.Generator, modules
             return f"its parts do not fit the fused computation ({type(failure).__name__}: {failure})"
         reason = _differ(actual, expected)
         if reason is not None:
-            return f"in training {reason}" if training else reason
+            return _in_pass(reason, training, sharper)
     return None
 
 

@@ -146,9 +146,11 @@ def compute(
     return (tokens, image, branch) if layout.prompts else (tokens, image)
 
 
-def probe_inputs(block: Any, layout: TwoWayLayout, generator: torch.Generator) -> tuple[Tensor | None, ...]:
+def probe_inputs(
+    block: Any, layout: TwoWayLayout, generator: torch.Generator, tokens: int, keys: int
+) -> tuple[Tensor | None, ...]:
     """Random arguments for a stand-in's forward."""
     batch = (2, 2) if layout.prompts else (2,)
     width = getattr(block, layout.norms[0]).normalized_shape[0]
-    given = [torch.randn(*batch, count, width, generator=generator) for count in (3, 5, 3, 5)]
+    given = [torch.randn(*batch, count, width, generator=generator) for count in (tokens, keys, tokens, keys)]
     return *given, *(None for _ in layout.arguments[4:])
