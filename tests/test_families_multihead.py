@@ -148,3 +148,64 @@ def test_a_subclass_of_multihead_attention_is_left_alone():
     model.attention = Own(DIM, HEADS, batch_first=True)
     fastvit.accelerate(perturb(model))
     assert fastvit.report(model).skipped == {"attention": "is a Own, not torch's MultiheadAttention"}
+
+
+def zeros(*shape: int, dtype=torch.bool):
+    return torch.zeros(shape, dtype=dtype)
+
+
+# Of BATCH sequences of TOKENS queries and 5 keys; each is refused by torch, though most of them would broadcast.
+REFUSED = {
+    "keys of one sequence": {"key": zeros(1, 5, DIM, dtype=torch.float32)},
+    "one query's sequence": {"query": zeros(1, TOKENS, DIM, dtype=torch.float32)},
+    "more values than keys": {"value": zeros(BATCH, 6, DIM, dtype=torch.float32)},
+    "values of one sequence": {"value": zeros(1, 5, DIM, dtype=torch.float32)},
+    "narrow queries": {"query": zeros(BATCH, TOKENS, 8, dtype=torch.float32)},
+    "narrow keys": {"key": zeros(BATCH, 5, 8, dtype=torch.float32)},
+    "narrow values": {"value": zeros(BATCH, 5, 8, dtype=torch.float32)},
+    "queries of another dtype": {"query": zeros(BATCH, TOKENS, DIM, dtype=torch.float64)},
+    "padding of one sequence": {"key_padding_mask": zeros(1, 5)},
+    "padding of more sequences": {"key_padding_mask": zeros(BATCH + 1, 5)},
+    "padding of one key": {"key_padding_mask": zeros(BATCH, 1)},
+    "padding of another dtype": {"key_padding_mask": zeros(BATCH, 5, dtype=torch.float64)},
+    "mask of one query": {"attn_mask": zeros(1, 5)},
+    "mask of one key": {"attn_mask": zeros(TOKENS, 1)},
+    "mask of each head alone": {"attn_mask": zeros(HEADS, TOKENS, 5)},
+    "mask of one head": {"attn_mask": zeros(1, TOKENS, 5)},
+    "mask of each head for one query": {"attn_mask": zeros(BATCH * HEADS, 1, 5)},
+    "mask in double precision": {"attn_mask": zeros(TOKENS, 5, dtype=torch.float64)},
+    "mask in half precision": {"attn_mask": zeros(TOKENS, 5, dtype=torch.float16)},
+    "mask of four dimensions": {"attn_mask": zeros(BATCH, HEADS, TOKENS, 5)},
+}
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_torch_refuses_is_refused_by_torch(name, batch_first):
+    model = perturb(Attend(batch_first=batch_first))
+    inputs = {"query": source(), "key": noise(BATCH, 5, DIM, seed=1), **REFUSED[name]}
+    if not batch_first:
+        inputs |= {n: inputs[n].transpose(0, 1).contiguous() for n in ("query", "key", "value") if n in inputs}
+    with pytest.raises((RuntimeError, AssertionError)) as expected:
+        model(**inputs)
+    fastvit.accelerate(model)
+    with pytest.raises(expected.type) as actual:
+        model(**inputs)
+    assert str(actual.value) == str(expected.value)
+    assert fastvit.report(model).fallbacks.keys() == {"attention"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_the_dtypes_that_torch_takes_stay_fused(dtype):
+    """Beside its own, attention in half precision takes float32; under autocast any."""
+    model = perturb(Attend()).to(torch.bfloat16)
+    inputs = {"query": source().bfloat16(), "attn_mask": noise(TOKENS, TOKENS, seed=6).to(dtype)}
+    expected = without_gradients(model, inputs)
+    assert relative(without_gradients(fastvit.accelerate(model), inputs), expected) <= 2e-2
+    assert fused(model, 1)
+    model = perturb(Attend())
+    inputs["query"] = source()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = without_gradients(model, inputs)
+        assert relative(without_gradients(fastvit.accelerate(model), inputs), expected) <= 2e-2
+    assert fused(model, 1)

@@ -168,6 +168,36 @@ def test_one_sentence_without_a_batch_runs_the_encoders_own_forward():
     assert fastvit.report(model).fallbacks == {"layers.0": reason, "layers.1": reason}
 
 
+REFUSED = {
+    "narrow": {"src": noise(BATCH, TOKENS, 8)},
+    "mask of one query": {"src_mask": torch.zeros(1, TOKENS, dtype=torch.bool)},
+    "mask of one key": {"src_mask": torch.zeros(TOKENS, 1, dtype=torch.bool)},
+    "mask of each head alone": {"src_mask": torch.zeros(HEADS, TOKENS, TOKENS, dtype=torch.bool)},
+    "mask in double precision": {"src_mask": torch.zeros(TOKENS, TOKENS, dtype=torch.float64)},
+    "padding of one sequence": {"src_key_padding_mask": torch.zeros(1, TOKENS, dtype=torch.bool)},
+    "padding of one key": {"src_key_padding_mask": torch.zeros(BATCH, 1, dtype=torch.bool)},
+    "padding in double precision": {"src_key_padding_mask": torch.zeros(BATCH, TOKENS, dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_layer_refuses_it_refuses_when_served(name, batch_first, norm_first):
+    options = {"dropout": 0.0, "batch_first": batch_first, "norm_first": norm_first}
+    layer = perturb(nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, **options))
+    inputs = {"src": source(), **REFUSED[name]}
+    if not batch_first:
+        inputs["src"] = inputs["src"].transpose(0, 1).contiguous()
+    with pytest.raises((RuntimeError, AssertionError)) as expected:
+        layer(**inputs)
+    fastvit.accelerate(layer)
+    with pytest.raises(expected.type) as actual:
+        layer(**inputs)
+    assert str(actual.value) == str(expected.value)
+    assert fastvit.report(layer).fallbacks.keys() == {""}
+
+
 def test_a_layer_alone_and_the_norm_after_an_encoder():
     layer = perturb(nn.TransformerEncoderLayer(DIM, HEADS, HIDDEN, dropout=0.0, batch_first=True))
     model = perturb(nn.TransformerEncoder(layer, DEPTH, norm=nn.LayerNorm(DIM), enable_nested_tensor=False))

@@ -64,8 +64,12 @@ def read_call(block: Any, layout: Layout, args: tuple, kwargs: dict) -> Call | s
         return "it was called with a nested tensor and a mask"
     if layouts.FORBIDDING_MASK in names:
         padding = torchs.get(layouts.PADDING_MASK) if present is None else present.logical_not()
-        heads = child(block, layout.attention.owner).num_heads
-        read = multihead.read_masks(torchs.get(layouts.FORBIDDING_MASK), padding, is_causal, heads)
+        owner = child(block, layout.attention.owner)
+        reason = multihead.why_not_given(owner, x, x, x)
+        if reason is not None:
+            return reason
+        tokens_first = multihead.tokens_first(owner, present)
+        read = multihead.read_masks(torchs.get(layouts.FORBIDDING_MASK), padding, is_causal, owner, x, x, tokens_first)
         if isinstance(read, str):
             return read
         attn_mask, is_causal = read

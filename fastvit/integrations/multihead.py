@@ -79,30 +79,58 @@ def read_call(module: Any, args: tuple, kwargs: dict) -> MultiheadCall | str:
         return f"it was called with {next(iter(values))}"
     if module.dropout and module.training:
         return "dropout of the attention weights is active"
-    read = read_masks(*masks, is_causal, module.num_heads)
+    reason = why_not_given(module, query, key, value)
+    if reason is not None:
+        return reason
+    read = read_masks(*masks, is_causal, module, query, key, tokens_first(module))
     return read if isinstance(read, str) else MultiheadCall(query, key, value, *read)
 
 
+def why_not_given(module: Any, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Why torch's attention refuses queries, keys and values of these shapes and dtypes, which is left to itself; or None."""
+    batch = 1 if tokens_first(module) else 0
+    if key.shape != value.shape or query.shape[batch] != key.shape[batch]:
+        return "queries, keys and values are not of one batch, or keys and values not of one shape"
+    if query.shape[2] != module.embed_dim or key.shape[2] != module.embed_dim:
+        return f"queries, keys and values do not have {module.embed_dim} channels"
+    dtype = module.in_proj_weight.dtype
+    if any(t.dtype != dtype for t in (query, key, value)) and not torch.is_autocast_enabled(query.device.type):
+        return f"queries, keys and values are not {dtype}, as the weights are"
+    return None
+
+
 def read_masks(
-    forbidding: Tensor | None, padding: Tensor | None, is_causal: bool, heads: int
+    forbidding: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool,
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    tokens_first: bool,
 ) -> tuple[Tensor | None, bool] | str:
     """(attn_mask, is_causal) of the fused attention from torch's masks: (N, M) or (B·heads, N, M), and of keys (B, M).
 
-    Boolean ones forbid where they are True; ``is_causal`` says that ``forbidding`` is the causal mask.
+    Boolean ones forbid where they are True; ``is_causal`` says that ``forbidding`` is the causal mask. Masks that torch
+    would refuse, though they broadcast, are left to it.
     """
-    for name, mask, ranks in (("attn_mask", forbidding, (2, 3)), ("key_padding_mask", padding, (2,))):
+    heads, (axis, of_batch) = module.num_heads, (0, 1) if tokens_first else (1, 0)
+    batch, queries, keys = query.shape[of_batch], query.shape[axis], key.shape[axis]
+    shapes = ((queries, keys), (batch * heads, queries, keys)), ((batch, keys),)
+    for name, mask, fitting in zip(("attn_mask", "key_padding_mask"), (forbidding, padding), shapes, strict=True):
         if mask is None:
             continue
-        if not isinstance(mask, Tensor) or mask.dim() not in ranks or mask.is_nested:
+        if not isinstance(mask, Tensor) or mask.is_nested or mask.dim() not in map(len, fitting):
             return f"it was called with a {name} of an unknown kind"
-        if mask.dtype != torch.bool and not mask.is_floating_point():
+        if mask.shape not in fitting:
+            return f"it was called with {name} {tuple(mask.shape)} for {queries} queries and {keys} keys in a batch of {batch}"
+        if mask.dtype not in (torch.bool, torch.float32, query.dtype) and not _autocast_takes(mask, query):
             return f"it was called with a {mask.dtype} {name}"
     if is_causal and forbidding is None:
         return "it was called with is_causal and without the mask that is meant"
     if is_causal and padding is None:
         return None, True
     if forbidding is not None and forbidding.dim() == 3:
-        forbidding = forbidding.unflatten(0, (-1, heads))
+        forbidding = forbidding.unflatten(0, (batch, heads))
     if padding is not None:
         padding = padding[:, None, None, :]
     if forbidding is None or padding is None:
@@ -111,6 +139,10 @@ def read_masks(
     if forbidding.dtype == padding.dtype == torch.bool:
         return (forbidding | padding).logical_not(), False
     return _additive(forbidding) + _additive(padding), False
+
+
+def _autocast_takes(mask: Tensor, query: Tensor) -> bool:
+    return mask.is_floating_point() and torch.is_autocast_enabled(query.device.type)
 
 
 def _additive(mask: Tensor) -> Tensor:
