@@ -476,7 +476,7 @@ def test_no_layer_is_cut_off_where_libraries_name_parts_otherwise(kind, copied, 
 @pytest.mark.parametrize(
     ("kind", "architecture", "name"),
     [
-        ("vit", "ViTForImageClassification", "second_head.weight"),
+        ("vit", "ViTForImageClassification", "vit.gate.weight"),
         ("vit", "ViTForImageClassification", "vit.layers.1.attention.k_proj.lora_A.weight"),
         ("vit", "ViTModel", "vit.layers.0.gate"),
         ("vit", "ViTModel", "layernorm.scale"),
@@ -496,6 +496,7 @@ def test_weights_that_the_model_would_not_run_are_refused(kind, architecture, na
     [
         ("ViTForImageClassification", "vit.pooler.dense.weight"),  # transformers builds its classifiers without one
         ("ViTForImageClassification", "vit.embeddings.mask_token"),  # of masked pretraining
+        ("ViTForImageClassification", "classifier.second_head.weight"),  # as BERT's, of which a model may use one
         ("ViTModel", "decoder.layers.0.weight"),
         (None, "logit_scale"),
     ],

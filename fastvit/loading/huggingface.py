@@ -133,16 +133,16 @@ def _check_taken(folder: Path, model: Any, unexpected: Iterable[str]) -> None:
     """Weights that the model has no place for mean that it is not the one that was trained: cut off, or without adapters.
 
     Left out without a word is what transformers lists as ignored, what only masked pretraining uses, a pooler in front of
-    another head, and of a model without a head (what ``AutoModel`` gives, or a backbone) all that was trained beside it:
-    heads, a decoder, the tower for the texts.
+    another head, and all that was trained beside the backbone: other heads, a decoder, the tower for the texts.
     """
     transformers, base = library("transformers"), model.base_model
     headless = base is model or type(model) is transformers.AutoModel._model_mapping.get(type(model.config), None)
-    parts = {name for module in (model, base) for name, _ in module.named_children()}
+    parts = {name for module in ((model, base) if headless else (base,)) for name, _ in module.named_children()}
+    prefix = f"{model.base_model_prefix}."
     untaken = set()
     for name in unexpected:
-        part = name.removeprefix(f"{model.base_model_prefix}.").partition(".")[0]
-        beside = part not in parts and (headless or part == "pooler")
+        part = name.removeprefix(prefix).partition(".")[0]
+        beside = part == "pooler" or (part not in parts and (headless or not name.startswith(prefix)))
         if not beside and not name.endswith(".mask_token"):
             untaken.add(name)
     if untaken:
