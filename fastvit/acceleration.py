@@ -16,17 +16,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from . import backend as _backend
-from .integrations import dispatched, probe, swap
+from .integrations import dispatched, multihead, probe, swap
 from .integrations.parts import AnyLayout, find_layout
 from .reporting import Report, count_flops
-from .verification import Verification, compare
+from .verification import Verification, compare, observed
 
 __all__ = ["Report", "Verification", "accelerate", "accelerated", "report", "restore", "verify"]
 
 STATE = "_fastvit_state"
 Model = TypeVar("Model", bound=nn.Module)
+Patterns = tuple[str, ...] | None
 
 
 @dataclass
@@ -78,7 +80,8 @@ def accelerate(
     _check_module(model)
     _check_options(backend, precision, cuda_graphs)
     _check_unwrapped(model)
-    selected = _select(model, _patterns("include", include), _patterns("exclude", exclude))
+    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
+    selected = _select(model, included, excluded)
     with _undone_on_error(model):
         restored = _snapshot(model)
         _release(model)
@@ -91,7 +94,7 @@ def accelerate(
             _dry_runs[model] = found, plan.layouts
             return model
         _serve(model, plan, backend)
-        options = {"include": include, "exclude": exclude, "backend": backend}
+        options = {"include": included, "exclude": excluded, "backend": backend}
         model.__dict__[STATE] = _State(options, plan.skipped, tuple(plan.layouts))
     _dry_runs.pop(model, None)
     return model
@@ -131,7 +134,7 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     With ``inputs``, also how much of the arithmetic that is (``.flops``, ``.total_flops``, ``.fused_share``): the model runs
     once on them, with its own forwards in evaluation mode and without gradients; a model and inputs on the ``meta`` device
     are counted without computing. A module that a fused path calls as it is (an MLP of another kind, an adapter) does not
-    count as fused, nor does a block in ``.fallbacks``.
+    count as fused, nor does a block in ``.fallbacks``, nor a ``torch.nn.MultiheadAttention`` that is asked for its weights.
 
     Raises ``TypeError`` when ``model`` is no module; with inputs, ``ValueError`` when its served blocks were wrapped since.
     """
@@ -143,9 +146,36 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     modules = dict(model.named_modules())
     blocks = {name: modules[name] for name in layouts if name in modules and name not in found.fallbacks}
     called = {name: getattr(layouts[name], "called", ()) for name in blocks}
+    alone = {name: block for name, block in blocks.items() if isinstance(layouts[name], multihead.MultiheadLayout)}
+    own: set[str] = set()  # those whose calls in this run the fused path does not serve: most ask for weights
     without = _Switch(model).off
-    flops, total = count_flops(model, inputs, keywords, blocks, called, without)
-    return replace(found, flops={name: flops.get(name, 0) for name in layouts}, total_flops=total)
+
+    def watch(name: str, module: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        if isinstance(multihead.read_call(module, args, kwargs), str):
+            own.add(name)
+        return forward(*args, **kwargs)
+
+    @contextmanager
+    def counting() -> Iterator[None]:
+        with without(), _without_gradients(model), observed(model, alone, watch):
+            yield
+
+    inputs, keywords = _pytree.tree_map_only(Tensor, Tensor.detach, (inputs, keywords))
+    flops, total = count_flops(model, inputs, keywords, blocks, called, counting)
+    return replace(found, flops={name: 0 if name in own else flops.get(name, 0) for name in layouts}, total_flops=total)
+
+
+@contextmanager
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter requires one: views of those that do, made without gradients, are more than the FLOP counter can take."""
+    required = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+    try:
+        for parameter in required:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in required:
+            parameter.requires_grad_(True)
 
 
 def _found(model: nn.Module) -> tuple[Report, dict[str, AnyLayout]]:
@@ -362,19 +392,19 @@ def _check_options(backend: str, precision: str | None, cuda_graphs: bool) -> No
         raise ValueError("cuda_graphs=True is not in this version; leave it False, or capture the accelerated model yourself")
 
 
-def _patterns(name: str, patterns: str | Iterable[str] | None) -> list[str] | None:
+def _patterns(name: str, patterns: str | Iterable[str] | None) -> Patterns:
     if patterns is None:
         return None
     if not isinstance(patterns, Iterable):
         raise TypeError(f"{name} is {type(patterns).__name__}; expected a glob pattern on module names, or several")
-    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in found:
         if not isinstance(pattern, str):
             raise TypeError(f"{name} has a {type(pattern).__name__}; expected glob patterns on module names")
     return found
 
 
-def _select(model: nn.Module, include: list[str] | None, exclude: list[str] | None) -> dict[str, str | None]:
+def _select(model: nn.Module, include: Patterns, exclude: Patterns) -> dict[str, str | None]:
     """Module name → why the patterns leave it out, or None. A pattern takes the modules inside those it matches."""
     names = [name for name, _ in model.named_modules()]
     for option, patterns in (("include", include), ("exclude", exclude)):
@@ -383,14 +413,14 @@ def _select(model: nn.Module, include: list[str] | None, exclude: list[str] | No
                 example = next((name for name in names if name), "")
                 raise ValueError(f"{option} pattern {pattern!r} matches no module of the model (names look like {example!r})")
 
-    def matching(name: str, patterns: list[str]) -> str | None:
+    def matching(name: str, patterns: tuple[str, ...]) -> str | None:
         parts = name.split(".")
-        ancestors = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        ancestors = [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
         return next((p for p in patterns for ancestor in ancestors if fnmatch.fnmatchcase(ancestor, p)), None)
 
     selected: dict[str, str | None] = {}
     for name in names:
-        excluding = matching(name, exclude or [])
+        excluding = matching(name, exclude or ())
         if excluding is not None:
             selected[name] = f"excluded by the pattern {excluding!r}"
         elif include is not None and matching(name, include) is None:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from . import _checks, functional
 
+GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+
 __all__ = ["MLP", "Attention", "DropPath", "EncoderBlock", "LayerNorm", "LayerScale", "Linear"]
 
 _ACTIVATE: dict[str | None, Any] = {
@@ -271,8 +273,10 @@ class EncoderBlock(nn.Module):
 
 
 def _is_plain(module: nn.Module, kind: type) -> bool:
-    """Whether a child is what it was made as and has no hooks, so that its parameters say all that it does."""
+    """Whether a child is what it was made as and no hook looks at it, so that its parameters say all that it does."""
     if type(module) is not kind or "forward" in module.__dict__:
+        return False
+    if any(getattr(nn.modules.module, name) for name in GLOBAL_HOOKS):
         return False
     return not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 

@@ -201,6 +201,21 @@ def test_a_hook_on_a_child_is_called_and_changes_the_result(path):
     assert torch.equal(block(x), before)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_on_all_modules_sees_every_child(kind):
+    block, seen = EncoderBlock(16, 2, layer_scale=0.5), []
+    hook = getattr(nn.modules.module, f"register_module_{kind}_hook", None)
+    if hook is None:
+        pytest.skip(f"this torch has no {kind} hook on all modules")
+    handle = hook(lambda module, *_: seen.append(module))
+    try:
+        block(tokens(2, 5, 16).requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+    expected = {"norm1", "attn", "attn.qkv", "attn.proj", "ls1", "norm2", "mlp", "mlp.fc1", "mlp.fc2", "ls2"}
+    assert {name for name, module in block.named_modules() if module in seen} >= expected
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "quick_gelu", "relu", None])
 def test_the_mlp_in_steps_computes_the_same(activation):
     mlp = perturb(MLP(32, 24, activation))

@@ -4,6 +4,7 @@ import copy
 import html.parser
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from tests.models_for_acceleration import (
     image,
     old_vit,
     perturb,
+    tensor_of,
     timm_own_mlp,
     timm_vit,
     tokens,
@@ -32,6 +34,12 @@ from tests.models_for_acceleration import (
 
 ROOT = Path(__file__).parents[1]
 TOKENS, DIM, HIDDEN, DEPTH = 10, 48, 96, 3  # of timm_vit
+
+
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return perturb(VisionTransformer(24, 8, DEPTH, 3, DIM, HIDDEN, num_classes=5))
 
 
 def tamper(monkeypatch, block: nn.Module) -> None:
@@ -356,6 +364,56 @@ def test_data_parallel_is_refused(function):
     assert function(model.module, image())
 
 
+# --- patterns and traces ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_patterns_from_a_generator_are_kept_as_they_were_given(option):
+    model = fastvit.accelerate(timm_vit(), **{option: (f"blocks.{i}" for i in (0, 2))})
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert fastvit.report(copied) == fastvit.report(model)
+    assert model.__dict__[acceleration.STATE].options[option] == ("blocks.0", "blocks.2")
+
+
+def test_the_empty_pattern_is_the_model_with_all_that_it_has():
+    model = fastvit.accelerate(timm_vit(), include="")
+    assert list(fastvit.report(model).replaced) == [f"blocks.{i}" for i in range(DEPTH)]
+    model = fastvit.accelerate(timm_vit(), exclude="")
+    assert fastvit.report(model).skipped == {f"blocks.{i}": "excluded by the pattern ''" for i in range(DEPTH)}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [hf_vit, timm_vit, torchvision_vit])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_trace_is_one_graph_in_every_gradient_mode(build, grad):
+    """``torch.jit.trace`` traces again without gradients, and compares."""
+    model, x = build(), image()
+    with torch.no_grad():
+        expected = tensor_of(model(x))
+    fastvit.accelerate(model)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(model, x, strict=False)
+    assert fastvit.report(model).fallbacks == {}
+    other = image(seed=1)
+    with torch.no_grad():
+        for given, wanted in ((x, expected), (other, tensor_of(fastvit.restore(model)(other)))):
+            out = traced(given)
+            torch.testing.assert_close(out["last_hidden_state"] if isinstance(out, dict) else out, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_class_of_the_same_name_is_named_with_its_module():
+    class Linear(nn.Linear):
+        pass
+
+    model = fastvit.accelerate(timm_vit())
+    model.blocks[1].attn.qkv.__class__ = Linear
+    model(image())
+    here = f"{__name__}.{Linear.__qualname__}"
+    assert fastvit.report(model).fallbacks == {
+        "blocks.1": f"attn.qkv is now a {here} (it was a torch.nn.modules.linear.Linear)",
+    }
+
+
 # --- the share that is fused --------------------------------------------------------------------------------------------
 
 
@@ -499,6 +557,46 @@ def test_fastvits_own_operators_are_counted(setting):
     with fastvit.use_backend(setting):
         found = fastvit.report(Own(), x)
     assert found.total_flops == 2 * 2 * 256 * (2 * 64 * 128 + 2 * 256 * 64)
+
+
+def small_siglip(**options) -> nn.Module:
+    from timm import create_model
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": DIM, "depth": 1, "num_heads": 3}
+    return create_model("vit_base_patch16_siglip_224", **sizes, **options).eval()
+
+
+def test_a_pool_whose_query_is_a_parameter_is_counted():
+    """It expands the parameter without gradients, a view that wants one and has no history."""
+    model = fastvit.accelerate(small_siglip())
+    x = image(size=32).requires_grad_()
+    found = fastvit.report(model, x.expand(2, -1, -1, -1))
+    assert found.flops == {"blocks.0": block_flops(2, tokens=16, hidden=4 * DIM)}
+    assert found.total_flops > found.flops["blocks.0"]
+    assert x.requires_grad
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.blocks.requires_grad_(False)
+    fastvit.report(model, x)
+    assert not any(parameter.requires_grad for parameter in model.blocks.parameters())
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(DIM, 3, batch_first=True)
+
+    def forward(self, x, **options):
+        return self.attention(x, x, x, **options)[0]
+
+
+def test_attention_that_is_asked_for_weights_does_not_count_as_fused():
+    model, x = fastvit.accelerate(Pooled().eval()), tokens()
+    asked, not_asked = fastvit.report(model, x), fastvit.report(model, x, need_weights=False)
+    assert list(asked.replaced) == list(not_asked.replaced) == ["attention"]
+    assert (asked.flops, asked.fused_share) == ({"attention": 0}, 0)
+    assert not_asked.fused_share == 1
+    assert asked.total_flops == not_asked.total_flops == not_asked.flops["attention"] > 0
+    assert not model.attention.__dict__.get(swap.ATTRIBUTE).fallback
 
 
 def test_counting_leaves_the_model_as_it_was():

@@ -43,10 +43,15 @@ def _torch_add_layer_norm(residual, branch, weight, bias, eps, *, layer_scale=No
 
 
 def _torch_linear(input, weight, bias=None, *, activation=None):
+    if torch.jit.is_tracing():  # one graph, whether gradients are wanted or not: nothing is written over
+        out = F.linear(input, weight, bias)
+        return out if activation is None else _ACTIVATIONS[activation](out)
     return torch_backend.linear(input, weight, bias, activation)
 
 
 def _torch_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"):
+    if torch.jit.is_tracing():
+        return _torch_linear(_torch_linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
@@ -389,7 +394,7 @@ def _scale_of(block: nn.Module, path: str | None) -> Any:
 
 def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
     """Whether a sum may be written over a ``branch`` that nobody else holds: inference, one dtype, nothing traced."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(branch) is not Tensor:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or type(branch) is not Tensor:
         return False
     if branch.is_inference() and not torch.is_inference_mode_enabled():
         return False

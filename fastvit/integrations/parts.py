@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from .._checks import MAX_HEAD_DIM
+from ..nn import GLOBAL_HOOKS
 from . import decoder, grid, layouts, multihead, two_way
 from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
 
-GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 CAPTURE_MODULE = "transformers.utils.output_capturing"
 ACTIVATION_NAMES = {
     "gelu": "GELU",
@@ -405,7 +405,7 @@ def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None
         found: Any = child(module, path)
         now: Any = type(found)
         if now is not kind:
-            return f"{path} is now a {now.__name__} (it was a {kind.__name__})"
+            return f"{path} is now a {_among(now, kind)} (it was a {_among(kind, now)})"
         if "forward" in found.__dict__ and has_forward_of_its_own(found) and not only_aligned_with(module, found):
             return f"{path} has a forward of its own (set on the instance, as accelerate's hooks do)"
         if found._forward_pre_hooks or found._backward_hooks or found._backward_pre_hooks:
@@ -416,6 +416,11 @@ def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None
         if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
     return None
+
+
+def _among(kind: type, other: type) -> str:
+    """A class's name, with its module where another has the same name."""
+    return f"{kind.__module__}.{kind.__qualname__}" if kind.__name__ == other.__name__ else kind.__name__
 
 
 def drops_attention_weights(owner: Any) -> bool:
