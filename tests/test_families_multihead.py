@@ -7,7 +7,16 @@ from torch import nn
 
 import fastvit
 from benchmarks.families import noise, perturb
-from tests.model_errors import OUTPUT, assert_equal_gradients, fused, gradients, relative, seeded, without_gradients
+from tests.model_errors import (
+    OUTPUT,
+    assert_equal_gradients,
+    fused,
+    gradients,
+    no_native_fast_path,
+    relative,
+    seeded,
+    without_gradients,
+)
 from tests.test_families_torch import BATCH, DIM, HEADS, TOKENS, causal, forbidding, padding, source
 
 
@@ -76,6 +85,20 @@ def test_causal_attention_without_a_mask_in_memory():
     assert fused(model, 1)
     with pytest.raises(RuntimeError, match="Need attn_mask"):
         model(source(), is_causal=True)
+
+
+def test_a_row_that_may_attend_to_nothing_is_zeros_where_torchs_own_path_in_inference_gives_nan():
+    model, mask = perturb(Attend()), forbidding(TOKENS, TOKENS)
+    mask[2] = True
+    inputs = {"query": source(), "attn_mask": mask}
+    native = without_gradients(model, inputs)
+    with no_native_fast_path():
+        expected = without_gradients(model, inputs)
+    actual = without_gradients(fastvit.accelerate(model), inputs)
+    assert fused(model, 1)
+    assert native[:, 2].isnan().all()
+    assert relative(actual, expected) <= OUTPUT
+    assert torch.equal(actual[:, 2], model.attention.out_proj.bias.expand(BATCH, DIM))
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
