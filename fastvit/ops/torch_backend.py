@@ -247,7 +247,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 
 def _activate(x: Tensor, activation: str | None) -> Tensor:
     """The activation of a tensor that nothing else holds: written over it when no gradient is wanted."""
-    inplace = not (torch.is_grad_enabled() and x.requires_grad) and not _transformed()
+    # A trace is one graph, whether gradients are wanted or not.
+    inplace = not (torch.is_grad_enabled() and x.requires_grad) and not _transformed() and not torch.jit.is_tracing()
     if activation is None:
         return x
     if activation == "relu":
