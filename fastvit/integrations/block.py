@@ -43,10 +43,15 @@ def _torch_add_layer_norm(residual, branch, weight, bias, eps, *, layer_scale=No
 
 
 def _torch_linear(input, weight, bias=None, *, activation=None):
+    if torch.jit.is_tracing():  # one graph, whether gradients are wanted or not: nothing is written over
+        out = F.linear(input, weight, bias)
+        return out if activation is None else _ACTIVATIONS[activation](out)
     return torch_backend.linear(input, weight, bias, activation)
 
 
 def _torch_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, *, activation="gelu"):
+    if torch.jit.is_tracing():
+        return _torch_linear(_torch_linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
