@@ -73,7 +73,7 @@ CASES = {
     "sam-b-1024-meta": ("segment_anything SAM-B image encoder, 1024 px, batch 1", sam_base_meta),
     "sam-b-1024-hf": ("Hugging Face SAM-B image encoder, 1024 px, batch 1", sam_base_transformers),
 }
-MOST_ROUNDS = {"sam-b-1024-meta": 5, "sam-b-1024-hf": 5}  # each of half a minute and more
+MOST_ROUNDS = {"sam-b-1024-meta": 3, "sam-b-1024-hf": 3}  # each of half a minute and more
 
 
 def build(case: str):
