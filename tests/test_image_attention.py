@@ -51,6 +51,7 @@ def test_grids_and_windows(backend, device, grid, window):
     _check(_arguments(device, grid=grid, window=window))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [0, 4])
 def test_dtypes(backend, device, dtype, window):
@@ -69,6 +70,7 @@ def test_a_single_row_or_column(backend, device, grid, window):
     _check(_arguments(device, grid=grid, window=window), magnitude=IGNORED_BIAS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(2, 33), (33, 2), (3, 65), (17, 19)], ids=str)
 def test_rows_wider_than_a_tile(backend, device, grid):
     _check(_arguments(device, torch.bfloat16, grid=grid))
@@ -93,6 +95,7 @@ def test_what_may_be_left_out(backend, device, window, rel, pad):
     _check(_arguments(device, grid=(5, 6), window=window, rel=rel, pad=pad))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 1, 3])
 @pytest.mark.parametrize("window", [0, 4])
 def test_batches(backend, device, batch, window):
@@ -154,6 +157,7 @@ def test_a_table_of_one_row(backend, device):
 # --- layouts --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [0, 4])
 def test_layouts(backend, device, layout, window):
@@ -222,6 +226,7 @@ def test_one_gradient_alone(backend, device, wanted):
     torch.testing.assert_close(gradient, everything[f"gradient of {wanted}"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [0, 4])
 def test_the_same_bits_twice(backend, device, window):
     arguments = _arguments(device, torch.bfloat16, batch=2, heads=2, grid=(5, 6), window=window)
@@ -260,6 +265,7 @@ def _step(layer, x):
     return [out.detach(), *(parameter.grad for parameter in layer.parameters())]
 
 
+@pytest.mark.slow
 def test_compile_fullgraph_forward_and_backward(backend, device, layer):
     torch._dynamo.reset()
     x = torch.randn(2, 3, 5, 16, device=device)
@@ -308,6 +314,7 @@ def test_autocast(backend, device, layer):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_checkpointing(backend, device, layer):
     x = torch.randn(2, 3, 5, 16, device=device)
     expected = [t.clone() for t in _step(layer, x)]
@@ -344,6 +351,7 @@ def test_no_bias_matrix_in_memory(window, backward):
     assert heads * block < heads * grid**2 * (window or grid) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1, 2], ids=["batch", "row", "column"])
 @pytest.mark.parametrize("window", [0, 2])
 def test_strides_beyond_32_bits(triton_backend, device, dim, window):

@@ -245,6 +245,7 @@ def test_copies_pickles_and_state_dicts_are_the_same_block():
         assert torch.equal(twin(x), block(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"norm_statistics": "image"}], ids=str)
 def test_compiles_as_one_graph_with_gradients(options, backend):
     block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, **options))
@@ -256,6 +257,7 @@ def test_compiles_as_one_graph_with_gradients(options, backend):
     torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], gradient, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_windowed_block_compiles_as_one_graph(backend):
     block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, window_size=4, rel_pos_size=4))
     x = tokens(1, 3, 3, 32)

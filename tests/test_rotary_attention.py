@@ -343,6 +343,7 @@ class Rotary(torch.nn.Module):
         return functional.rotary_attention(query, key, value, angle.cos(), angle.sin(), norm="rms", **weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wants_grad", [False, True], ids=["inference", "training"])
 def test_compile_fullgraph(backend, device, wants_grad):
     torch._dynamo.reset()

@@ -499,6 +499,7 @@ def test_the_decoder_compiles_whole(train):
             assert relative(actual.detach(), wanted.detach()) <= FLOAT32
 
 
+@pytest.mark.slow
 def test_encoder_and_decoder_export_for_any_number_of_prompts():
     ours, _ = parts()
     prompts, tokens = torch.export.Dim("prompts", min=2), torch.export.Dim("tokens")

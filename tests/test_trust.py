@@ -933,6 +933,7 @@ def in_a_process(code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 def test_a_sharded_model_is_left_alone():
     printed = in_a_process("""
@@ -946,6 +947,7 @@ assert fastvit.report(model).skipped.keys() == {"blocks.0", "blocks.1", "blocks.
     assert printed.count("left alone: it is sharded by FSDP, whose class a swap would strip: accelerate before fully_shard") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch was built without torch.distributed")
 def test_an_accelerated_model_may_be_sharded():
     printed = in_a_process("""
