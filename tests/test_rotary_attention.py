@@ -13,7 +13,8 @@ from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
 from tests.test_offsets import _far_apart
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory")
+# Slow as a whole: its two halves, attention and rotation, have quick tests of their own.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory")]
 
 NORMS = [None, "layer", "rms"]
 
