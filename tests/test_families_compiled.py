@@ -15,6 +15,8 @@ from tests.model_errors import (
     without_gradients,
 )
 
+pytestmark = pytest.mark.slow  # compiling takes seconds a model
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
@@ -35,7 +37,7 @@ def uncompiled(model, inputs):
         return without_gradients(model, inputs)
 
 
-@pytest.mark.parametrize("key", [pytest.param(k, marks=pytest.mark.slow) if k.startswith("hf") else k for k in MECHANISMS])
+@pytest.mark.parametrize("key", MECHANISMS)
 def test_the_whole_graph_compiles(key):
     model, inputs = build(key)
     expected, trained = uncompiled(model, inputs), gradients(model, inputs)
@@ -48,7 +50,6 @@ def test_the_whole_graph_compiles(key):
     assert not fastvit.report(model).fallbacks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("key", ["timm_eva02", "torch_post_norm"])
 def test_inductor_computes_the_same(key):
     model, inputs = build(key)

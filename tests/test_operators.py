@@ -177,6 +177,7 @@ def test_every_raw_operator_has_a_sample():
     assert _raw_operators() == sorted(SAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "sample"), [(name, sample) for name in SAMPLES for sample in SAMPLES[name]])
 def test_opcheck(name, sample):
     """Schema (nothing mutated, nothing aliased), fake tensors (shapes, dtypes, strides), dynamic shapes."""
@@ -269,6 +270,7 @@ def test_compile_without_gradients(backend, device, block):
         torch.testing.assert_close(torch.compile(block, fullgraph=True, backend="aot_eager")(x), block(x))
 
 
+@pytest.mark.slow
 def test_compile_with_dynamic_shapes(backend, device, block):
     """Another number of tokens compiles at most once more, and not a third time."""
     torch._dynamo.reset()
@@ -299,6 +301,7 @@ def test_export_on_the_torch_backend_needs_nothing_of_ours(device, block):
         torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["", "reentrant"])
 def test_activation_checkpointing(backend, device, block, use_reentrant):
     x = torch.randn(2, 6, 16, device=device)
@@ -336,6 +339,7 @@ def test_autocast(backend, device, dtype, block):
         assert (ours - full).norm() <= 8 * torch.finfo(dtype).eps * full.norm() + 1e-6
 
 
+@pytest.mark.slow
 def test_autocast_under_compile(backend, device, block):
     torch._dynamo.reset()
     x = torch.randn(2, 6, 16, device=device)

@@ -85,6 +85,7 @@ def test_the_wheel_holds_what_the_checkout_holds_and_nothing_else(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_an_editable_install_imports(source, tmp_path):
     pip("install", "--no-deps", "--no-build-isolation", "-I", "--prefix", str(tmp_path), "-e", str(source), cwd=tmp_path)
     site = sysconfig.get_path("purelib", vars={"base": str(tmp_path)})

@@ -19,6 +19,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_float32_products_follow_pytorch(setting):
     """In a process of its own: once the newer name was used, PyTorch refuses the older one for good."""
