@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
@@ -272,6 +273,34 @@ def test_compile_fullgraph_forward_and_backward(backend, device, layer):
     expected = [t.clone() for t in _step(layer, x)]
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(_step(compiled, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_compiled_on_the_torch_backend_it_is_one_call(device):
+    """However many windows and blocks of rows: traced, each would be compiled by itself, minutes a layer."""
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.EagerAndRecordGraphs()
+    with fastvit.use_backend("torch"), torch.no_grad():
+        layer, x = _Layer(4).to(device), torch.randn(1, 30, 22, 16, device=device)
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend=graphs)(x), layer(x))
+    calls = [node.target for graph in graphs.graphs for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls[-1] is torch.ops.fastvit.torch_image_attention_forward
+    assert len(calls) == 2, "the projection and the attention"
+
+
+@pytest.mark.parametrize("frozen", ["", "rel_pos", "qkv"])
+def test_compiled_on_the_torch_backend_gradients_are_the_same(device, frozen):
+    torch._dynamo.reset()
+    layer, x = _Layer(4).to(device), torch.randn(2, 5, 7, 16, device=device)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(not frozen or frozen not in name)
+    found = []
+    with fastvit.use_backend("torch"):
+        for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+            layer.zero_grad()
+            given = x.clone().requires_grad_(frozen == "rel_pos")
+            call(given).square().sum().backward()
+            found.append([given.grad, *(p.grad for p in layer.parameters())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
 def test_compile_takes_images_of_another_size(triton_backend, device):

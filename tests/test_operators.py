@@ -93,6 +93,11 @@ def _image_attention_backward(wants_tables=True, wants_pad=True, **options):
     return (torch.randn_like(out), *arguments[:4], out, *saved, *arguments[4:], wants_tables, wants_pad)
 
 
+def _torch_image_attention_backward(wanted, **options):
+    qkv, *rest = _image_attention_forward(**options)
+    return _t(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype), qkv, *rest, wanted
+
+
 SAMPLES = {
     "attention_forward": {
         "plain": _attention_forward,
@@ -114,6 +119,15 @@ SAMPLES = {
         "windows": _image_attention_backward,
         "dqkv only": lambda: _image_attention_backward(False, False),
         "the whole image, bare": lambda: _image_attention_backward(False, False, window=0, tables=False, pad=False),
+    },
+    "torch_image_attention_forward": {
+        "windows": _image_attention_forward,
+        "the whole image, bare, bfloat16": lambda: _image_attention_forward(0, False, False, torch.bfloat16),
+    },
+    "torch_image_attention_backward": {
+        "windows": lambda: _torch_image_attention_backward([True] * 4),
+        "a table only": lambda: _torch_image_attention_backward([False, True, False, False]),
+        "the whole image, bare": lambda: _torch_image_attention_backward([True, False, False, False], window=0, tables=False),
     },
     "layer_norm_forward": {
         "token": lambda: (_t(2, 5, 8), _t(8), _t(8), 1e-6, "token"),

@@ -11,11 +11,11 @@ from torch.library import Library
 library = Library("fastvit", "DEF")
 
 
-def define(schema: str, implementation: Any, fake: Any) -> None:
+def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = ("CUDA", "CPU")) -> None:
     """Registers ``fastvit::<schema>`` with its kernel (CUDA and, in the interpreter, CPU) and its shape function."""
     name = schema.split("(")[0]
     library.define(schema)
-    for key in ("CUDA", "CPU"):
+    for key in keys:
         library.impl(name, implementation, key)
     torch.library.register_fake(f"fastvit::{name}", fake, lib=library)
 

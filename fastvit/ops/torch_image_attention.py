@@ -3,15 +3,21 @@
 The image is split, never partitioned into a tensor of windows: each block gathers its own queries, keys and values, pads the
 keys and values alone, and adds its relative positions to a bias of at most BIAS_ROWS query rows, or of a few small windows. In
 inference the blocks share one buffer for it: fresh memory of this size costs as much in page faults as the sum itself.
+
+For ``torch.compile`` it is one operator: traced, the dozens of blocks would take minutes a layer to compile, and every one would
+be the same few calls. ``torch.export`` traces it nevertheless, so that an exported program needs nothing of ours.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ._common import Operator, apply, define, distinct, run_backward, wants_grad
 from .torch_backend import BIAS_ROWS
 
 # Scores of a head that windows side by side may have together. One window of 14×14 tokens at a time is 25 calls an image, each
@@ -44,6 +50,23 @@ def image_attention(
     scale: float,
 ) -> Tensor:
     """qkv (B, Hi, Wi, 3·C) → (B, Hi, Wi, C); ``window`` (h, w) tokens, tables (2h − 1, D) and (2w − 1, D)."""
+    tensors = qkv, rel_pos_h, rel_pos_w, pad_qkv
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return _by_blocks(*tensors, num_heads, window, scale)
+    if wants_grad(*tensors):
+        return apply(_Compiled, *distinct(*tensors), num_heads, list(window), scale)
+    return torch.ops.fastvit.torch_image_attention_forward(*tensors, num_heads, list(window), scale)
+
+
+def _by_blocks(
+    qkv: Tensor,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    pad_qkv: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    scale: float,
+) -> Tensor:
     batch, height, width, channels = qkv.shape
     inputs = (qkv, rel_pos_h, rel_pos_w, pad_qkv)
     if batch == 0:
@@ -170,3 +193,75 @@ def relative_positions(query: Tensor, table: Tensor, window: tuple[int, int]) ->
     lines = products.flatten(-3)[..., rows - 1 :].unfold(-1, row, columns * length - 1)[..., :rows, :]
     along = products.flatten(-2)[..., rows + window[0] - 1 + columns - 1 :]
     return lines.unfold(-1, window[0], length), along.unfold(-1, window[1], length - 1)[..., :columns, :]
+
+
+def torch_image_attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
+    with torch.no_grad():
+        return _by_blocks(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, (window[0], window[1]), scale)
+
+
+def torch_image_attention_backward(grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale, wanted):
+    """The gradients of the four tensors, empty where not ``wanted``. Nothing was kept: the blocks are computed again."""
+    given: list[Any] = [qkv, rel_pos_h, rel_pos_w, pad_qkv]
+    with _recording():
+        given = [t if t is None else t.detach().requires_grad_(want) for t, want in zip(given, wanted, strict=True)]
+        qkv, rel_pos_h, rel_pos_w, pad_qkv = given
+        out = _by_blocks(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, (window[0], window[1]), scale)
+        found = iter(torch.autograd.grad(out, [t for t, want in zip(given, wanted, strict=True) if want], grad))
+    return tuple(next(found).contiguous() if want else qkv.new_empty(0) for want in wanted)
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd, also within an operator that was called beneath a TorchDispatchMode, where the dispatcher is past autograd."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
+def _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+def _fake_backward(grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale, wanted):
+    return tuple(
+        t.new_empty(t.shape) if want else qkv.new_empty(0)
+        for t, want in zip((qkv, rel_pos_h, rel_pos_w, pad_qkv), wanted, strict=True)
+    )
+
+
+_ARGUMENTS = "Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, SymInt num_heads, SymInt[] window, float scale"
+define(
+    f"torch_image_attention_forward({_ARGUMENTS}) -> Tensor",
+    torch_image_attention_forward,
+    _fake_forward,
+    keys=("CompositeExplicitAutograd",),
+)
+define(
+    f"torch_image_attention_backward(Tensor grad, {_ARGUMENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    torch_image_attention_backward,
+    _fake_backward,
+    keys=("CompositeExplicitAutograd",),
+)
+
+
+class _Compiled(Operator):
+    """(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale) → out."""
+
+    @staticmethod
+    def forward(*args):
+        return torch.ops.fastvit.torch_image_attention_forward(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.num_heads, ctx.window, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = list(ctx.needs_input_grad[:4])
+        options = ctx.num_heads, ctx.window, ctx.scale, wanted
+        grads = run_backward(torch.ops.fastvit.torch_image_attention_backward, grad, *ctx.saved_tensors, *options)
+        return *(g if want else None for g, want in zip(grads, wanted, strict=True)), None, None, None
