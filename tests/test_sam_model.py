@@ -342,6 +342,63 @@ def test_positions_are_as_exact_under_autocast_and_keep_the_weights_dtype():
     assert {t.dtype for t in (*ours(**prompts), ours.get_dense_pe())} == {torch.bfloat16}
 
 
+def computed(encoder):
+    """The dense positions as ``pe_layer`` computes them now."""
+    return encoder.pe_layer(encoder.image_embedding_size).unsqueeze(0)
+
+
+def test_dense_positions_are_computed_once_and_anew_when_their_matrix_changes(monkeypatch):
+    ours, other = (parts()[0].prompt_encoder for _ in range(2))
+    with torch.inference_mode():
+        first = ours.get_dense_pe()
+    assert not first.is_inference(), "else nothing that needs gradients could use it"
+    assert ours.get_dense_pe() is first
+    assert torch.equal(first, computed(ours))
+    changes = {
+        "loaded": lambda: ours.load_state_dict({**other.state_dict(), **halved(ours)}),
+        "assigned": lambda: ours.load_state_dict({**other.state_dict(), **halved(ours)}, assign=True),
+        "written to": lambda: ours.pe_layer.positional_encoding_gaussian_matrix.mul_(2),
+        "in bfloat16": ours.bfloat16,
+        "in float64": ours.double,
+        "back": ours.float,
+        "another grid": lambda: setattr(ours, "image_embedding_size", (3, 4)),
+        "what was given out written to": lambda: ours.get_dense_pe().zero_(),
+    }
+    for name, change in changes.items():
+        before = ours.get_dense_pe()
+        change()
+        after = ours.get_dense_pe()
+        assert after is not before, name
+        assert after.dtype == ours.no_mask_embed.weight.dtype, name
+        assert torch.equal(after, computed(ours)), name
+        assert ours.get_dense_pe() is after, name
+    assert len(pickle.dumps(ours)) == len(pickle.dumps(copy.deepcopy(ours))), "copies go without"
+    monkeypatch.setattr(ours.pe_layer, "forward", lambda size: torch.ones(1))
+    assert ours.get_dense_pe().shape == (1, 1), "what was put in its place is asked"
+
+
+def halved(encoder):
+    name = "pe_layer.positional_encoding_gaussian_matrix"
+    return {name: encoder.state_dict()[name] / 2}
+
+
+@pytest.mark.parametrize("watched", ["hooks", "dispatch mode", "trained"])
+def test_dense_positions_that_someone_watches_are_not_kept(watched):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    encoder = parts()[0].prompt_encoder
+    kept = encoder.get_dense_pe()
+    if watched == "hooks":
+        encoder.pe_layer.register_forward_hook(lambda m, args, out: out + 1)
+        assert torch.equal(encoder.get_dense_pe(), kept + 1)
+    elif watched == "trained":
+        encoder.pe_layer.positional_encoding_gaussian_matrix.requires_grad_()
+        assert encoder.get_dense_pe().requires_grad
+    else:
+        with FlopCounterMode(display=False):
+            assert encoder.get_dense_pe() is not kept
+
+
 def test_a_text_is_one_token_more():
     ours, theirs = (model.prompt_encoder for model in parts(text_dim=12))
     text, prompts = random(3, 12), {"points": points(), "boxes": random(3, 4).abs() * 60}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import _checks
 from ...nn import Linear, check_count, pair
-from .layers import LayerNorm2d
+from .layers import LayerNorm2d, is_untouched
 
 POSITIVE, NEGATIVE, PADDING = 1, 0, -1  # labels of points
 
@@ -100,14 +100,45 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mask_in_channels, dim, 1, **factory),
         )
         self.no_mask_embed = nn.Embedding(1, dim, **factory)
+        self._dense_pe: tuple[Tensor, tuple, Tensor] | None = None  # of which matrix, in which state, the positions
         self.text_embedding: nn.Module | None = None
         if text_dim is not None:
             check_count("text_dim", text_dim)
             self.text_embedding = Linear(text_dim, dim, **factory)
 
     def get_dense_pe(self) -> Tensor:
-        """The positions of the image's embedding, (1, dim, h, w)."""
-        return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        """The positions of the image's embedding, (1, dim, h, w). They are computed once and kept for as long as the matrix
+        stays what it is: they would be a good part of the time that a prompt takes."""
+        matrix = self.pe_layer.positional_encoding_gaussian_matrix
+        if not self._may_keep(matrix):
+            return self.pe_layer(self.image_embedding_size).unsqueeze(0)
+        kept = self._dense_pe
+        if kept is None or kept[0] is not matrix or kept[1] != self._state(matrix, kept[2]):
+            with torch.inference_mode(False), torch.no_grad():  # what inference mode makes, no later gradient could use
+                positions = self.pe_layer(self.image_embedding_size).unsqueeze(0)
+            self._dense_pe = kept = (matrix, self._state(matrix, positions), positions)
+        return kept[2]
+
+    def _may_keep(self, matrix: Tensor) -> bool:
+        """Not what is traced, transformed, captured, hooked or trained."""
+        if torch.compiler.is_compiling() or type(matrix) is not Tensor or matrix.requires_grad or matrix.is_inference():
+            return False
+        if torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack():
+            return False
+        if matrix.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return is_untouched(self.pe_layer, RandomFourierPositions)
+
+    def _state(self, matrix: Tensor, positions: Tensor) -> tuple:
+        """What changes when something is loaded into the matrix, or the positions that were given out are written to."""
+        return matrix._version, matrix.data_ptr(), positions._version, self.image_embedding_size
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._dense_pe = None  # its memory is on the device that the module leaves
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_dense_pe": None}
 
     def forward(
         self,
