@@ -604,6 +604,18 @@ def test_masks_of_images_with_different_prompts_are_metas(multimask):
     assert any(0.1 < share < 0.9 for share in shares)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_images_together_give_what_each_gives_alone(dtype):
+    """Of different sizes, with prompts of different kind and number."""
+    ours = parts()[0].to(dtype)
+    together = ours(records(), True)
+    for record, found in zip(records(), together, strict=True):
+        (alone,) = ours([record], True)
+        for name in ("iou_predictions", "low_res_logits"):
+            assert relative(found[name].float(), alone[name].float()) <= (FLOAT32 if dtype == torch.float32 else 0.05)
+        assert found["masks"].shape == alone["masks"].shape
+
+
 def test_text_reaches_the_masks():
     ours, _ = parts(text_dim=12)
     record = {"image": random(3, 160, 160).abs() * 200, "original_size": (20, 30)}

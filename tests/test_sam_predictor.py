@@ -157,6 +157,78 @@ def test_a_picture_is_encoded_once(sam):
     assert len(calls) == 1
 
 
+# Several pictures
+
+
+def pictures():
+    """Of different sizes and shapes; Pillow's and arrays."""
+    return [photograph(), photograph("coffee")[:300, :200], Image.fromarray(photograph("astronaut")[:90, :90])]
+
+
+@pytest.mark.parametrize("whose", ["fastvit's", "fastvit's in bfloat16", "segment_anything's"])
+def test_several_pictures_give_what_each_gives_alone(whose):
+    sam = small_sam() if whose == "segment_anything's" else own_sam(small_sam())
+    dtype = torch.bfloat16 if "bfloat16" in whose else torch.float32
+    sam.to(dtype)
+    together, alone = SamPredictor(sam), SamPredictor(sam)
+    shapes = []
+    sam.image_encoder.register_forward_hook(lambda m, args, out: shapes.append(tuple(args[0].shape)))
+    together.set_images(pictures(), batch_size=2)
+    assert shapes == [(2, 3, SIDE, SIDE), (1, 3, SIDE, SIDE)]
+    assert together.get_image_embedding().shape == (3, 32, GRID, GRID)
+    low_res = None
+    for index in (2, 0, 1):
+        alone.set_image(pictures()[index])
+        assert together.original_size[index] == alone.original_size
+        assert together.input_size[index] == alone.input_size
+        for prompt in ({}, {"point_coords": [[60, 40]], "point_labels": [1]}, {"box": [5, 6, 70, 80], "mask_input": low_res}):
+            expected = alone.predict(**prompt, return_logits=True)
+            actual = together.predict(**prompt, return_logits=True, image_index=index)
+            for left, right in zip(expected, actual, strict=True):
+                assert left.shape == right.shape
+                # Sums over a batch may be in another order, and bfloat16 rounds them in every layer.
+                assert np.abs(left - right).max() <= (1e-5 if dtype == torch.float32 else 0.05) * np.abs(left).max()
+            low_res = expected[2][:1]
+    with pytest.raises(ValueError, match="image_index is 3; expected the place of one of 3 images"):
+        together.predict(image_index=3)
+    together.set_image(pictures()[1])
+    assert together.original_size == alone.original_size, "and one picture is one again"
+    np.testing.assert_array_equal(together.predict()[0], alone.predict()[0])
+
+
+BAD_LISTS = [
+    (photograph(), TypeError, "images is ndarray; expected a list"),
+    (Image.fromarray(photograph()), TypeError, "images is Image; expected a list"),
+    ([], ValueError, "images holds no picture"),
+    ([photograph(), photograph()[..., 0]], ValueError, r"images\[1\]: image has shape \(300, 451\); expected"),
+    ([photograph(), "cat.jpg"], TypeError, r"images\[1\]: image is str"),
+]
+
+
+@pytest.mark.parametrize(("images", "error", "says"), BAD_LISTS, ids=[case[2] for case in BAD_LISTS])
+def test_lists_that_are_none_are_refused(images, error, says, predictor):
+    with pytest.raises(error, match=says):
+        predictor.set_images(images)
+    with pytest.raises(ValueError, match="batch_size is 0; expected at least 1"):
+        predictor.set_images([photograph()], batch_size=0)
+
+
+def test_a_list_with_a_picture_that_is_none_leaves_nothing_set(predictor):
+    with pytest.raises(TypeError):
+        predictor.set_images([photograph(), None], batch_size=1)
+    with pytest.raises(RuntimeError, match="call set_image"):
+        predictor.predict()
+
+
+def test_embeddings_that_were_kept_can_be_set_again(sam, predictor):
+    """As users of segment_anything's predictor do: its attributes are plain."""
+    expected = predictor.predict(**PROMPTS["a box"])
+    kept = {name: getattr(predictor, name) for name in ("features", "original_size", "input_size", "is_image_set")}
+    other = SamPredictor(sam)
+    vars(other).update(kept)
+    np.testing.assert_array_equal(other.predict(**PROMPTS["a box"])[0], expected[0])
+
+
 def test_nothing_is_left_of_a_picture_that_is_reset(predictor):
     predictor.reset_image()
     assert predictor.features is None

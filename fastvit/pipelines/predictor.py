@@ -1,15 +1,17 @@
 """Masks for prompts: a picture is encoded once and then prompted as often as one likes.
 
 Kirillov et al., "Segment Anything" (2023), section 3: the image encoder takes seconds, the prompt encoder and the mask decoder
-milliseconds. ``SamPredictor`` has the calls and the results of the class of that name in segment_anything 1.0.
+milliseconds. ``SamPredictor`` has the calls and the results of the class of that name in segment_anything 1.0, and takes several
+pictures besides, which it encodes in batches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor
 
 from .transforms import ResizeLongestSide, as_pixels
@@ -27,10 +29,11 @@ class SamPredictor:
     >>> masks, scores, low_res = predictor.predict(point_coords=[[320, 240]], point_labels=[1])
 
     Args:
-        sam_model: ``fastvit.models.Sam``, or segment_anything's (accelerated or not), in any floating dtype. Raises
-            ``TypeError`` for what lacks SAM's parts.
+        sam_model: ``fastvit.models.Sam`` in any floating dtype, or segment_anything's, accelerated or not, whose prompt
+            encoder takes float32 alone. Raises ``TypeError`` for what lacks SAM's parts.
 
-    ``original_size`` and ``input_size`` are (H, W) of the picture before and after scaling, ``features`` is its embedding.
+    ``original_size`` and ``input_size`` are (H, W) of the picture before and after scaling, ``features`` is its embedding
+    (1, C, h, w). After ``set_images`` the sizes are lists of these, and ``features`` is (pictures, C, h, w).
     """
 
     def __init__(self, sam_model: Any) -> None:
@@ -55,14 +58,46 @@ class SamPredictor:
             image: (H, W, 3) uint8, or a Pillow picture of any mode.
             image_format: the order of an array's channels, "RGB" or "BGR".
         """
-        if image_format not in FORMATS:
-            raise ValueError(f"image_format is {image_format!r}; expected one of {', '.join(FORMATS)}")
-        pixels = as_pixels(image)
-        given = image_format if pixels is image else "RGB"
-        if given != self.model.image_format:
-            pixels = pixels[..., ::-1]
-        scaled = torch.as_tensor(self.transform.apply_image(np.ascontiguousarray(pixels)), device=self.device)
-        self.set_torch_image(scaled.permute(2, 0, 1).contiguous()[None], pixels.shape[:2])
+        self.set_torch_image(*self._scaled(image, image_format))
+
+    @torch.no_grad()
+    def set_images(self, images: Iterable[Any], image_format: str = "RGB", *, batch_size: int = 8) -> None:
+        """Encodes several pictures, each of its own size; prompts say by ``image_index`` which of them they are about.
+
+        Args:
+            images: pictures as ``set_image`` takes them.
+            image_format: the order of the arrays' channels, "RGB" or "BGR".
+            batch_size: pictures that the image encoder sees at once.
+
+        Raises as ``set_image``; the message says which picture it is.
+        """
+        if isinstance(images, (str, bytes, np.ndarray, Image.Image)) or not isinstance(images, Iterable):
+            raise TypeError(f"images is {type(images).__name__}; expected a list of pictures (set_image takes a single one)")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+        self.reset_image()
+        features: list[Tensor] = []
+        original_sizes: list[tuple[int, int]] = []
+        input_sizes: list[tuple[int, int]] = []
+        waiting: list[Tensor] = []
+        for image in images:
+            try:
+                pixels, size = self._scaled(image, image_format)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"images[{len(original_sizes)}]: {error}") from error
+            original_sizes.append(size)
+            input_sizes.append((pixels.shape[2], pixels.shape[3]))
+            waiting.append(self.model.preprocess(pixels))
+            if len(waiting) == batch_size:
+                features.append(self._embed(torch.cat(waiting)))
+                waiting = []
+        if waiting:
+            features.append(self._embed(torch.cat(waiting)))
+        if not features:
+            raise ValueError("images holds no picture; expected at least one")
+        self.features = torch.cat(features)
+        self.original_size, self.input_size = original_sizes, input_sizes
+        self.is_image_set = True
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Sequence[int]) -> None:
@@ -78,8 +113,7 @@ class SamPredictor:
             raise ValueError(f"transformed_image has shape {shape}; expected (1, 3, H, W) with a longest side of {side}")
         height, width = original_image_size
         self.reset_image()
-        pixels = self.model.preprocess(transformed_image.to(self.device))
-        self.features = self.model.image_encoder(pixels.to(self._dtype))
+        self.features = self._embed(self.model.preprocess(transformed_image.to(self.device)))
         self.original_size = (int(height), int(width))
         self.input_size = shape[2:]
         self.is_image_set = True
@@ -92,6 +126,8 @@ class SamPredictor:
         mask_input: ArrayLike | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        *,
+        image_index: int = 0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks for one prompt: points, a box and a mask together mean one object.
 
@@ -102,17 +138,18 @@ class SamPredictor:
             mask_input: (1, h, w) logits: one of the masks that an earlier call returned last.
             multimask_output: three masks instead of one, for prompts that may mean part, object or group.
             return_logits: logits instead of the booleans "logit > model.mask_threshold".
+            image_index: which of the pictures of ``set_images``, the first being 0.
 
         Returns:
             masks (C, H, W), bool or float32; the model's own estimate of their IoU (C,), float32; the masks as the decoder
             gives them (C, h, w), float32 logits, 256×256 for a model of 1024 pixels.
         """
-        self._check_set()
-        points = self._points(point_coords, point_labels)
-        boxes = None if box is None else self._box(box)
+        size = self._of(image_index)[0]
+        points = self._points(point_coords, point_labels, size)
+        boxes = None if box is None else self._box(box, size)
         low_res_input = None if mask_input is None else self._mask(mask_input)
         masks, quality, low_res = self.predict_torch(
-            *points, boxes, low_res_input, multimask_output=multimask_output, return_logits=return_logits
+            *points, boxes, low_res_input, multimask_output, return_logits, image_index=image_index
         )
         return masks[0].cpu().numpy(), quality[0].cpu().numpy(), low_res[0].cpu().numpy()
 
@@ -125,8 +162,10 @@ class SamPredictor:
         mask_input: Tensor | None = None,
         multimask_output: bool = True,
         return_logits: bool = False,
+        *,
+        image_index: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Masks for B prompts at once, on the model's device.
+        """Masks for B prompts of one picture at once, on the model's device.
 
         Args:
             point_coords: (B, N, 2) in the scaled picture: ``transform.apply_coords_torch`` brings them there.
@@ -137,8 +176,9 @@ class SamPredictor:
         Returns:
             masks (B, C, H, W), estimated IoU (B, C) and low-resolution logits (B, C, h, w); no numbers below float32.
         """
-        low_res, quality = self.predict_low_res(point_coords, point_labels, boxes, mask_input, multimask_output)
-        masks = self.upscale(low_res)
+        prompts = point_coords, point_labels, boxes, mask_input
+        low_res, quality = self.predict_low_res(*prompts, multimask_output, image_index=image_index)
+        masks = self.upscale(low_res, image_index=image_index)
         return masks if return_logits else masks > self.model.mask_threshold, quality, low_res
 
     @torch.no_grad()
@@ -149,9 +189,11 @@ class SamPredictor:
         boxes: Tensor | None = None,
         mask_input: Tensor | None = None,
         multimask_output: bool = True,
+        *,
+        image_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """What ``predict_torch`` knows before it scales masks up: logits (B, C, h, w) and estimated IoU (B, C)."""
-        self._check_set()
+        self._of(image_index)
         if (point_coords is None) != (point_labels is None):
             raise ValueError("point_coords and point_labels belong together; expected both or neither")
         encoder = self.model.prompt_encoder
@@ -161,7 +203,7 @@ class SamPredictor:
             masks=None if mask_input is None else mask_input.to(self._dtype),
         )
         low_res, quality = self.model.mask_decoder(
-            image_embeddings=self.features,
+            image_embeddings=self.features[image_index : image_index + 1],
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
@@ -170,18 +212,18 @@ class SamPredictor:
         return _at_least_float32(low_res), _at_least_float32(quality)
 
     @torch.no_grad()
-    def upscale(self, low_res: Tensor) -> Tensor:
+    def upscale(self, low_res: Tensor, *, image_index: int = 0) -> Tensor:
         """Logits (B, C, h, w) → (B, C, H, W) of the picture that is set."""
-        self._check_set()
-        return self.model.postprocess_masks(low_res, self.input_size, self.original_size)
+        original_size, input_size = self._of(image_index)
+        return self.model.postprocess_masks(low_res, input_size, original_size)
 
     def get_image_embedding(self) -> Tensor:
-        """(1, C, h, w): 256 channels on a grid of 64×64 for a model of 1024 pixels."""
-        self._check_set()
+        """(1, C, h, w): 256 channels on a grid of 64×64 for a model of 1024 pixels; after ``set_images`` one each picture."""
+        self._of(0)
         return self.features
 
     def reset_image(self) -> None:
-        """Forgets the picture, and lets go of its embedding's memory."""
+        """Forgets the pictures, and lets go of their embeddings' memory."""
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
 
@@ -189,14 +231,38 @@ class SamPredictor:
     def _dtype(self) -> torch.dtype:
         return next(self.model.image_encoder.parameters()).dtype
 
-    def _check_set(self) -> None:
+    def _of(self, image_index: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(original size, input size) of a picture that is set. Raises for one that is not."""
         if not self.is_image_set:
             raise RuntimeError("no image is set; call set_image before predicting")
+        count = len(self.features)
+        if not isinstance(image_index, int) or not 0 <= image_index < count:
+            raise ValueError(f"image_index is {image_index!r}; expected the place of one of {count} images, from 0 on")
+        if isinstance(self.original_size, list):
+            return self.original_size[image_index], self.input_size[image_index]
+        return self.original_size, self.input_size
+
+    def _scaled(self, image: Any, image_format: str) -> tuple[Tensor, tuple[int, int]]:
+        """A picture as ``set_torch_image`` takes it, (1, 3, H', W') and (H, W)."""
+        if image_format not in FORMATS:
+            raise ValueError(f"image_format is {image_format!r}; expected one of {', '.join(FORMATS)}")
+        pixels = as_pixels(image)
+        given = image_format if pixels is image else "RGB"
+        if given != self.model.image_format:
+            pixels = pixels[..., ::-1]
+        scaled = torch.as_tensor(self.transform.apply_image(np.ascontiguousarray(pixels)), device=self.device)
+        return scaled.permute(2, 0, 1).contiguous()[None], (pixels.shape[0], pixels.shape[1])
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        """(pictures, 3, side, side), normalized and padded → (pictures, C, h, w)."""
+        return self.model.image_encoder(pixels.to(self._dtype))
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
-    def _points(self, coords: ArrayLike | None, labels: ArrayLike | None) -> tuple[Tensor | None, Tensor | None]:
+    def _points(
+        self, coords: ArrayLike | None, labels: ArrayLike | None, size: tuple[int, int]
+    ) -> tuple[Tensor | None, Tensor | None]:
         if coords is None and labels is None:
             return None, None
         if coords is None or labels is None:
@@ -206,12 +272,12 @@ class SamPredictor:
         kinds = _numbers("point_labels", labels, (len(points),))
         if not np.isin(kinds, LABELS).all():
             raise ValueError(f"point_labels is {kinds.tolist()}; expected 1 (object), 0 (background) or -1 (no point)")
-        scaled = self._tensor(self.transform.apply_coords(points, self.original_size))
+        scaled = self._tensor(self.transform.apply_coords(points, size))
         return scaled[None], torch.as_tensor(kinds.astype(np.int32), device=self.device)[None]
 
-    def _box(self, box: ArrayLike) -> Tensor:
+    def _box(self, box: ArrayLike, size: tuple[int, int]) -> Tensor:
         numbers = _numbers("box", box, (1, 4) if np.ndim(box) == 2 else (4,))  # type: ignore[arg-type]
-        return self._tensor(self.transform.apply_boxes(numbers, self.original_size))
+        return self._tensor(self.transform.apply_boxes(numbers, size))
 
     def _mask(self, mask: ArrayLike) -> Tensor:
         size = tuple(self.model.prompt_encoder.mask_input_size)
