@@ -192,7 +192,8 @@ def test_an_id_is_fetched_once_and_read_from_the_cache(tmp_path, monkeypatch):
         "huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path)
     )
     assert torch.equal(outcome(load_sam("owner/sam")), outcome(load_sam(tmp_path)))
-    assert asked == [("owner/sam", ["config.json", "model.safetensors"])]
+    files = ["model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"]
+    assert asked == [("owner/sam", ["config.json", *files])]
 
 
 def test_an_id_without_network_is_one_line(monkeypatch):
@@ -229,7 +230,65 @@ def test_its_pictures_are_its_own_affair(tmp_path):
             loading.preprocessing(what)
 
 
+def sharded(folder, model=None):
+    (model or hugging_face_twin()).save_pretrained(folder, max_shard_size="30KB")
+    index = folder / "model.safetensors.index.json"
+    shards = json.loads(index.read_text())["weight_map"]
+    assert len(set(shards.values())) > 3
+    return index, shards
+
+
+def test_a_folder_in_shards_gives_the_model_that_was_saved(tmp_path):
+    model = hugging_face_twin()
+    sharded(tmp_path / "shards", model)
+    model.save_pretrained(tmp_path / "whole")
+    assert torch.equal(outcome(load_sam(tmp_path / "shards")), outcome(load_sam(tmp_path / "whole")))
+    assert type(fastvit.load(tmp_path / "shards")).__name__ == "SamModel"
+
+
 # What is refused
+
+
+SHARDS = {
+    "no JSON": (lambda shards, place: "{", "model.safetensors.index.json: is no JSON"),
+    "no object": (lambda shards, place: "[]", "has no weight_map"),
+    "no map": (lambda shards, place: "{}", "has no weight_map"),
+    "an empty map": (lambda shards, place: '{"weight_map": {}}', "has no weight_map"),
+    "a place that is none": (lambda shards, place: with_place(shards, 3), "says that weights lie in 3; expected the name"),
+    "a path upwards": (lambda shards, place: with_place(shards, f"../{place}"), "lie in '../model-0"),
+    "a path of Windows": (lambda shards, place: with_place(shards, f"C:\\{place}"), "expected the name of a file beside it"),
+    "a shard that is absent": (
+        lambda shards, place: with_place(shards, "absent.safetensors"),
+        "absent.safetensors, which is not",
+    ),
+    "a tensor that is absent": (lambda shards, place: as_index({**shards, "x": place}), "does not hold what model.safetensors.i"),
+    "a tensor not named": (lambda shards, place: as_index(dict(list(shards.items())[1:])), "does not hold what"),
+}
+
+
+def as_index(shards):
+    return json.dumps({"weight_map": shards})
+
+
+def with_place(shards, place):
+    return as_index({**shards, next(iter(shards)): place})
+
+
+@pytest.mark.parametrize("name", SHARDS)
+def test_an_index_that_is_wrong_is_refused(name, tmp_path):
+    change, says = SHARDS[name]
+    index, shards = sharded(tmp_path / "sam")
+    index.write_text(change(shards, next(iter(shards.values()))))
+    assert says in refusal(tmp_path / "sam")
+
+
+def test_a_damaged_shard_is_refused(tmp_path):
+    _, shards = sharded(tmp_path)
+    path = tmp_path / next(iter(shards.values()))
+    path.write_bytes(path.read_bytes()[:-9])
+    message = refusal(tmp_path)
+    assert "damaged" in message
+    assert path.name in message
 
 
 def refusal(path, **options) -> str:
@@ -361,7 +420,7 @@ def test_a_name_of_nothing(name, tmp_path, monkeypatch):
     [
         (None, "has no config.json"),
         ("[1]", "is no config of a Segment Anything"),
-        ("{", "is no config of a Segment Anything"),
+        ("{", "config.json: is no JSON"),
         ({"model_type": "vit"}, "its model_type is 'vit'; expected 'sam'"),
         ({"model_type": "sam", "vision_config": {"hidden_act": "silu"}}, "its hidden_act are ['silu', 'gelu', 'relu']"),
         ({"model_type": "sam", "vision_config": {"layer_norm_eps": "x"}}, "is no config of a Segment Anything"),

@@ -1,15 +1,12 @@
 """Weights of Segment Anything from files: Meta's ``.pth``, safetensors, and folders or ids of Hugging Face's ``SamModel``.
 
-Nothing that is read may run code: pickles are read as tensors alone. Sizes come from the shapes of the tensors, so a file needs
-no description; what no shape shows (heads of the decoder, eps) comes from a folder's config, or is what Meta's models have.
+Sizes come from the shapes of the tensors, so a file needs no description; what no shape shows (heads of the decoder, eps)
+comes from a folder's config, or is what Meta's models have. ``files`` reads them, and nothing that it reads may run code.
 """
 
-import json
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +14,9 @@ import torch
 from torch import Tensor
 
 from ...nn import Linear
+from .files import CheckpointError, fetch, few, read_config, read_file, read_weights
 from .sam import Sam, build_sam
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-WRAPPERS = ("model", "state_dict")  # under which training scripts keep a state dict
 TEXT = "prompt_encoder.text_embedding."
 
 # Hugging Face's beginning of a name, the first that fits → Meta's.
@@ -51,10 +46,6 @@ _HEAD = re.compile(r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_predic
 _TIED = "prompt_encoder.shared_embedding.positional_embedding"  # Hugging Face's second name for the matrix of positions
 
 
-class CheckpointError(ValueError):
-    """Weights that cannot be read, or that are no Segment Anything; the message is one line with the file and the reason."""
-
-
 def load_sam(
     path_or_id: str | os.PathLike[str],
     *,
@@ -66,8 +57,8 @@ def load_sam(
 
     Args:
         path_or_id: a file of Meta's (``sam_vit_b_01ec64.pth``) or of ours, by ``torch.save`` or as safetensors; a folder that
-            Hugging Face's ``SamModel.save_pretrained`` has written; or a Hugging Face id (``facebook/sam-vit-base``),
-            fetched once.
+            Hugging Face's ``SamModel.save_pretrained`` has written, in one file or in shards; or a Hugging Face id
+            (``facebook/sam-vit-base``), fetched once.
         text_dim: as in ``PromptEncoder``; the projection begins at random where the file has none.
         device, dtype: where the model goes; None leaves it on the CPU and in the dtype that the file has.
 
@@ -97,9 +88,9 @@ def _empty(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.Pat
     if not any(key.startswith(TEXT) for key in tensors):
         expected = {key: shape for key, shape in expected.items() if not key.startswith(TEXT)}
     if missing := expected.keys() - tensors.keys():
-        raise CheckpointError(f"{name}: lacks {len(missing)} tensors of the model: {_few(missing)}")
+        raise CheckpointError(f"{name}: lacks {len(missing)} tensors of the model: {few(missing)}")
     if unknown := tensors.keys() - expected.keys():
-        raise CheckpointError(f"{name}: has {len(unknown)} tensors that the model has not: {_few(unknown)}")
+        raise CheckpointError(f"{name}: has {len(unknown)} tensors that the model has not: {few(unknown)}")
     for key, shape in expected.items():
         if tensors[key].shape != shape:
             raise CheckpointError(f"{name}: {key} has shape {tuple(tensors[key].shape)}; expected {tuple(shape)}")
@@ -125,14 +116,11 @@ def read_checkpoint(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, Tenso
     """(tensors by Meta's names, the arguments of ``build_sam`` that a config gives). Raises ``CheckpointError``."""
     path = Path(path_or_id).expanduser()
     if path.is_file():
-        return _to_meta(_read_file(path)), {}
+        return _to_meta(read_file(path)), {}
     if not path.is_dir():
-        path = _fetch(os.fspath(path_or_id))
-    config = _read_config(path / "config.json")
-    for name in WEIGHTS:
-        if (path / name).is_file():
-            return _to_meta(_read_file(path / name)), config
-    raise CheckpointError(f"{path}: holds none of {', '.join(WEIGHTS)}")
+        path = fetch(os.fspath(path_or_id))
+    config = read_config(path / "config.json")
+    return _to_meta(read_weights(path)), config
 
 
 def infer_sizes(tensors: Mapping[str, Tensor], name: str | os.PathLike[str] = "checkpoint") -> dict[str, Any]:
@@ -229,93 +217,3 @@ def _rename(key: str, source: int, target: int) -> str:
     for pair in _PIECES:
         key = key.replace(pair[source], pair[target])
     return key
-
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{path}: holds no state dict (a mapping of names to tensors)")
-    for key, tensor in content.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise CheckpointError(f"{path}: holds no state dict, for its {str(key)[:100]!r} is no floating-point tensor")
-        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: is damaged, for its {key!r} has more elements than it stores")
-    return dict(content)
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        reason = "is a damaged pickle, or one of more than tensors, which could run code: it is refused"
-        raise CheckpointError(f"{path}: {reason}") from error
-    except Exception as error:  # torch.load raises half a dozen kinds over damaged files
-        raise CheckpointError(f"{path}: is damaged, or no file of torch.save ({_one_line(error)})") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise CheckpointError(f"{path}: reading it needs safetensors: pip install safetensors") from error
-    try:
-        return load_file(path)
-    except Exception as error:  # safetensors' own, OSError, ValueError
-        raise CheckpointError(f"{path}: is damaged, or no safetensors file ({_one_line(error)})") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """What no shape of Hugging Face's model shows, from its config; its defaults where the config is silent."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind, vision = config.get("model_type"), config.get("vision_config") or {}
-        prompt, decoder = config.get("prompt_encoder_config") or {}, config.get("mask_decoder_config") or {}
-        activations = [part.get("hidden_act", "gelu") for part in (vision, prompt)] + [decoder.get("hidden_act", "relu")]
-        sizes = {
-            "norm_eps": float(vision.get("layer_norm_eps", 1e-6)),
-            "decoder_norm_eps": float(decoder.get("layer_norm_eps", 1e-6)),
-            "decoder_heads": int(decoder.get("num_attention_heads", 8)),
-        }
-    except FileNotFoundError:
-        raise CheckpointError(f"{path.parent}: has no {path.name}, so it is no folder of a saved model") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is no config of a Segment Anything ({_one_line(error)})") from error
-    if kind != "sam":
-        raise CheckpointError(f"{path}: its model_type is {kind!r}; expected 'sam'")
-    if activations != ["gelu", "gelu", "relu"]:
-        raise CheckpointError(f"{path}: its hidden_act are {activations}; expected gelu, gelu and the decoder's relu")
-    return sizes
-
-
-def _fetch(name: str) -> Path:
-    """The folder in Hugging Face's cache with a repository's config and weights."""
-    if not HUB_ID.fullmatch(name) or Path(name).suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise CheckpointError(f"{name!r}: no such file or folder")
-    try:
-        import huggingface_hub
-
-        for weights in WEIGHTS:
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=["config.json", weights]))
-            if (folder / weights).is_file():
-                break
-    except ImportError as error:
-        raise CheckpointError(f"{name}: fetching it needs huggingface_hub: pip install 'fastvit[models]'") from error
-    except Exception as error:  # of the network, of the Hub, of the disk
-        raise CheckpointError(
-            f"{name}: no such file or folder, and not to be had from the Hugging Face Hub ({type(error).__name__})"
-        ) from error
-    return folder
-
-
-def _few(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:200].rstrip() + " …"
