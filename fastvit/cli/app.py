@@ -10,7 +10,7 @@ from rich.console import Console
 from .classify import classify
 from .demo import demo
 from .models import accelerate, verify
-from .options import UserError, plain
+from .options import Interrupted, UserError, plain
 from .segment import segment
 
 app = typer.Typer(
@@ -33,16 +33,18 @@ def run() -> None:
     try:
         code = app(standalone_mode=False)
     except UserError as error:
-        _fail(str(error), 1)
+        _fail(str(error), error.code)
     except BrokenPipeError:  # `fastvit doctor | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+        _fail("interrupted", Interrupted.code)
     except Exception as error:
         if not (hasattr(error, "format_message") and hasattr(error, "exit_code")):
             raise
         _fail(error.format_message(), error.exit_code)  # an option or command that does not exist, or a value that does not fit
+    if code == Interrupted.code:  # Typer 0.29 makes this of a KeyboardInterrupt, and says nothing
+        _fail("interrupted", code)
     raise SystemExit(code if isinstance(code, int) else 0)
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, UserError, needs, pick_device, writing
+from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, UserError, needs, pick_device, say, writing
 
 
 class Model(str, Enum):
@@ -58,5 +58,6 @@ def demo(
             passed = run_demo(options, console)
     except (PictureError, CheckpointError) as error:
         raise UserError(str(error)) from error
+    say(console, f"\npictures, report.json and report.md written to {out}")
     if not passed:
         raise UserError("the accelerated model is not the original's equal; the table and out/report.json say by how much")

@@ -35,7 +35,15 @@ DtypeOption = Annotated[Dtype, typer.Option(help="What the model computes in.")]
 
 
 class UserError(Exception):
-    """One line for stderr; the command ends with exit code 1."""
+    """One line for stderr; the command ends with ``code``."""
+
+    code = 1
+
+
+class Interrupted(UserError):
+    """What Ctrl-C has cut off, and how it goes on; the exit code is the shells' own for it."""
+
+    code = 130
 
 
 def pick_device(device: Device) -> torch.device:

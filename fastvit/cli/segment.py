@@ -14,7 +14,7 @@ from rich.progress import Progress
 import fastvit
 
 from .inputs import open_model, takes_text, user_errors
-from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, UserError, needs, pick_device, writing
+from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, Interrupted, UserError, needs, pick_device, say, writing
 
 if TYPE_CHECKING:
     from ..pipelines import tasks
@@ -59,7 +59,7 @@ def segment(
     """Segment pictures with Segment Anything: prompted with points or a box, with words, or everything at once.
 
     Each picture gets a folder: a PNG a mask, overlay.png, and masks.json with the masks as COCO's run-length encoding, their
-    estimated IoU and stability. Pictures whose folder is finished are skipped.
+    estimated IoU and stability. Pictures whose folder is finished are skipped, so that a run that was interrupted goes on.
     """
     console = Console(highlight=False)
     asked: dict[str, Any] = {
@@ -87,9 +87,9 @@ def segment(
     target = pick_device(device)
     waiting, finished = _waiting(_found(pictures), out, asked, overwrite)
     if finished:
-        console.print(f"{finished} of {finished + len(waiting)} pictures are finished already (--overwrite does them again)")
+        say(console, f"{finished} of {finished + len(waiting)} pictures are finished already (--overwrite does them again)")
     if waiting:
-        _segment_all(console, _task(asked, target, DTYPES[dtype]), waiting, asked)
+        _segment_all(console, _task(asked, target, DTYPES[dtype]), waiting, finished, asked)
 
 
 def _weights(checkpoint: str | None, model: Model | None) -> str:
@@ -199,9 +199,9 @@ def _task(asked: dict[str, Any], target: torch.device, dtype: torch.dtype) -> "t
         return tasks.Words(generator, asked["text"], fastvit.accelerate(compared), clip_processor(asked["clip"]), asked["top"])
 
 
-def _segment_all(console: Console, task: Any, waiting: list[tuple[Path, Path]], asked: dict[str, Any]) -> None:
+def _segment_all(console: Console, task: Any, waiting: list[tuple[Path, Path]], finished: int, asked: dict[str, Any]) -> None:
     """A picture that cannot be used is passed over, and named when the others are done."""
-    failed = []
+    failed, total = [], finished + len(waiting)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("segmenting", total=len(waiting))
         for picture, home in waiting:
@@ -209,9 +209,11 @@ def _segment_all(console: Console, task: Any, waiting: list[tuple[Path, Path]], 
                 count = _segment_one(task, picture, home, asked)
             except (UserError, ValueError) as error:
                 failed.append(str(error))
+            except KeyboardInterrupt:
+                raise Interrupted(f"interrupted; {finished} of {total} done, run again to go on") from None
             else:
-                said = f"{count} mask{'' if count == 1 else 's'}"
-                console.print(f"{picture}: {said} written to {home}", markup=False, soft_wrap=True)
+                finished += 1
+                say(console, f"{picture}: {count} mask{'' if count == 1 else 's'} written to {home}")
             progress.advance(bar)
     if failed:
         before = f"{len(failed)} of {len(waiting)} pictures could not be segmented: " if len(waiting) > 1 else ""

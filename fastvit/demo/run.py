@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -76,7 +75,6 @@ def run_demo(options: Options, console: Console) -> bool:
     for table in tables.terminal(report):
         console.print(table)
     console.print(f"[dim]{tables.caption(report)}[/dim]", soft_wrap=True)
-    console.print(f"\nWritten to {options.out}{os.sep}: {', '.join(path.name for path in written)}", soft_wrap=True)
     return all(result["verified"]["passed"] and result["restored_exactly"] for result in results.values())
 
 
