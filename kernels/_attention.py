@@ -46,30 +46,21 @@ def store_tile(ptr, tile, row, row_end, stride_row, FIRST: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def biased_scores(
-    products,  # q·k, any orientation
-    rel,  # rel_h + rel_w in the units of the scores, broadcastable; read only if HAS_REL
-    row,  # query indices, broadcastable to the products
-    column,  # key indices, broadcastable to the products
+def masked_scores(
+    scores,  # any orientation, log2 units or any other that a positive factor makes log2 units of; natural under an additive mask
+    row,  # query indices, broadcastable to the scores
+    column,  # key indices, broadcastable to the scores
     queries,
     key_end,  # keys from here on do not exist
-    scale,
     mask_ptr,
     stride_mask_row,
     stride_mask_column,
     MASK: tl.constexpr,
     WIDE_MASK: tl.constexpr,  # one head's part of the mask spans 2³¹ elements or more
-    HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
-    """scale·q·k + bias, −inf where nothing is attended to; in log2 units unless MASK is "additive"."""
-    if MASK == "additive":
-        scores = products * scale
-    else:
-        scores = products * (scale * 1.4426950408889634)
-    if HAS_REL:
-        scores += rel
+    """scores + mask, −inf where nothing is attended to."""
     if MASK != "none":
         # 32-bit offsets wherever they reach: 64-bit ones for a whole tile of scores would not fit the registers.
         if WIDE_MASK:
@@ -86,6 +77,78 @@ def biased_scores(
     if BOUNDED:
         scores = tl.where(column < key_end, scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def biased_scores(
+    products,  # q·k, any orientation
+    rel,  # rel_h + rel_w in the units of the scores, broadcastable; read only if HAS_REL
+    row,
+    column,
+    queries,
+    key_end,
+    scale,
+    mask_ptr,
+    stride_mask_row,
+    stride_mask_column,
+    MASK: tl.constexpr,
+    WIDE_MASK: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """scale·q·k + bias, −inf where nothing is attended to; in log2 units unless MASK is "additive"."""
+    if MASK == "additive":
+        scores = products * scale
+    else:
+        scores = products * (scale * 1.4426950408889634)
+    if HAS_REL:
+        scores += rel
+    return masked_scores(
+        scores,
+        row,
+        column,
+        queries,
+        key_end,
+        mask_ptr,
+        stride_mask_row,
+        stride_mask_column,
+        MASK,
+        WIDE_MASK,
+        CAUSAL,
+        BOUNDED,
+    )
+
+
+@triton.jit
+def softmax_step(
+    scores,  # [BLOCK_M, BLOCK_N], −inf where nothing is attended to
+    factor,  # > 0: makes log2 units of them; not read under an additive mask
+    lift,  # [BLOCK_M]: what every score of a row is short of, in units of the peak, or None
+    peak,  # [BLOCK_M]: the running maximum, in log2 units, or natural under an additive mask
+    total,  # [BLOCK_M]: the running sum
+    MASK: tl.constexpr,
+):
+    """(weights, shrink, peak, total): e to the scores over the new peak; what was summed before is to be multiplied by shrink.
+
+    The factor waits until after the maximum, which a positive one commutes with: one multiplication a score less, as the
+    other is part of the subtraction.
+    """
+    high = tl.max(scores, axis=1)
+    if MASK != "additive":
+        high *= factor
+    if lift is not None:
+        high += lift
+    new_peak = tl.maximum(peak, high)
+    # A row that has met no key yet stays at −inf; 0 in its place keeps −inf − (−inf) out of the exponent.
+    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASK != "none" else new_peak
+    shift = base - lift if lift is not None else base
+    if MASK == "additive":
+        weights = power(scores - shift[:, None], MASK)
+    else:
+        weights = tl.exp2(scores * factor - shift[:, None])
+    shrink = power(peak - base, MASK)
+    return weights, shrink, new_peak, total * shrink + tl.sum(weights, axis=1)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import MIN_DOT, biased_scores, load_tile, power, split_head_dim, store_tile
+from ._attention import MIN_DOT, load_tile, masked_scores, softmax_step, split_head_dim, store_tile
 from ._launch import launch, target_of
 from ._tuning import config
 from .linear import input_precision
@@ -30,7 +30,8 @@ def _attend(
     k_ptr,  # [keys, DIM] of this head
     v_ptr,  # [keys, VALUE_DIM] of this head
     mask_ptr,  # of this head
-    rel,  # [BLOCK_M, BLOCK_N], read only if HAS_REL
+    rel_w,  # [BLOCK_M, BLOCK_N] in the units of the scores, or None
+    rel_h,  # [BLOCK_M] in the units of the scores, or None
     row,  # [BLOCK_M] query indices
     start,
     key_end,
@@ -39,10 +40,9 @@ def _attend(
     stride_v_row,
     stride_mask_row,
     stride_mask_column,
-    scale,
+    factor,  # |scale| in the units of the scores
     MASK: tl.constexpr,
     WIDE_MASK: tl.constexpr,
-    HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
     DIM: tl.constexpr,
@@ -52,6 +52,7 @@ def _attend(
     VALUE_MAIN: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys: the update of (acc, acc_tail, peak, total)."""
@@ -61,39 +62,35 @@ def _attend(
     if TAIL > 0:
         k_tail = load_tile(k_ptr, column, key_end, stride_k_row, MAIN, TAIL, DIM, BOUNDED)
         products = tl.dot(q_tail, tl.trans(k_tail), products, input_precision=INPUT_PRECISION)
-    scores = biased_scores(
+    if NEGATIVE_SCALE:
+        products = -products
+    if MASK == "additive" or rel_w is not None:
+        products *= factor
+        factor = 1.0
+    if rel_w is not None:
+        products += rel_w
+    scores = masked_scores(
         products,
-        rel,
         row[:, None],
         column[None, :],
         queries,
         key_end,
-        scale,
         mask_ptr,
         stride_mask_row,
         stride_mask_column,
         MASK,
         WIDE_MASK,
-        HAS_REL,
         CAUSAL,
         BOUNDED,
     )
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    # A row that has met no key yet stays at −inf; 0 in its place keeps −inf − (−inf) out of the exponent.
-    if MASK != "none":
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-    else:
-        base = new_peak
-    weights = power(scores - base[:, None], MASK)
-    shrink = power(peak - base, MASK)
-    total = total * shrink + tl.sum(weights, axis=1)
+    weights, shrink, peak, total = softmax_step(scores, factor, rel_h, peak, total, MASK)
     v = load_tile(v_ptr, column, key_end, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
     rounded = weights.to(v.dtype)
     acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
     if VALUE_TAIL > 0:
         v_tail = load_tile(v_ptr, column, key_end, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
         acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
-    return acc, acc_tail, new_peak, total
+    return acc, acc_tail, peak, total
 
 
 @triton.jit
@@ -142,6 +139,7 @@ def _attention_forward(
     VALUE_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(queries, BLOCK_M)
@@ -164,6 +162,11 @@ def _attention_forward(
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
+    # A positive factor commutes with the maximum; a tiny one in place of 0 keeps 0·(−inf) out.
+    factor = tl.maximum(tl.abs(scale), 1e-37)
+    if MASK != "additive":
+        factor *= 1.4426950408889634
+
     if HAS_REL:
         unit = 1.0 if MASK == "additive" else 1.4426950408889634
         rel_h_ptr += (batch_head * queries + row) * key_rows
@@ -185,7 +188,8 @@ def _attention_forward(
                     k_ptr,
                     v_ptr,
                     mask_ptr,
-                    rel_w + rel_h[:, None],
+                    rel_w,
+                    rel_h,
                     row,
                     key_row * key_columns + left,
                     (key_row + 1) * key_columns,
@@ -194,10 +198,9 @@ def _attention_forward(
                     stride_v_row,
                     stride_mask_row,
                     stride_mask_column,
-                    scale,
+                    factor,
                     MASK,
                     WIDE_MASK,
-                    True,
                     CAUSAL,
                     not EVEN_COLUMNS,
                     DIM,
@@ -207,6 +210,7 @@ def _attention_forward(
                     VALUE_MAIN,
                     VALUE_TAIL,
                     BLOCK_N,
+                    NEGATIVE_SCALE,
                     INPUT_PRECISION,
                 )
     else:
@@ -227,7 +231,8 @@ def _attention_forward(
                 k_ptr,
                 v_ptr,
                 mask_ptr,
-                peak,
+                None,
+                None,
                 row,
                 start,
                 keys,
@@ -236,10 +241,9 @@ def _attention_forward(
                 stride_v_row,
                 stride_mask_row,
                 stride_mask_column,
-                scale,
+                factor,
                 MASK,
                 WIDE_MASK,
-                False,
                 False,
                 False,
                 DIM,
@@ -249,6 +253,7 @@ def _attention_forward(
                 VALUE_MAIN,
                 VALUE_TAIL,
                 BLOCK_N,
+                NEGATIVE_SCALE,
                 INPUT_PRECISION,
             )
         for start in range(body_end, end, BLOCK_N):
@@ -262,7 +267,8 @@ def _attention_forward(
                 k_ptr,
                 v_ptr,
                 mask_ptr,
-                peak,
+                None,
+                None,
                 row,
                 start,
                 keys,
@@ -271,10 +277,9 @@ def _attention_forward(
                 stride_v_row,
                 stride_mask_row,
                 stride_mask_column,
-                scale,
+                factor,
                 MASK,
                 WIDE_MASK,
-                False,
                 CAUSAL,
                 True,
                 DIM,
@@ -284,6 +289,7 @@ def _attention_forward(
                 VALUE_MAIN,
                 VALUE_TAIL,
                 BLOCK_N,
+                NEGATIVE_SCALE,
                 INPUT_PRECISION,
             )
 
@@ -406,6 +412,7 @@ def launch_attention_forward(
         stride_out_head=out.stride(1),
         stride_out_row=out.stride(2),
         CAUSAL=is_causal,
+        NEGATIVE_SCALE=scale < 0,
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,
         **arguments,
     )

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention import softmax_step
 from ._launch import launch
 from .image_attention import (
     key_tile,
@@ -121,24 +122,22 @@ def _image_attention_forward(
                 k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
             scores *= scale * 1.4426950408889634
+            lift = None
             if HAS_REL and TABLE > 0:
                 rel_h = relative_from_products(products_h, place // columns, key_row, window_h, TABLE, KEY_ROWS)
                 scores += (rel_h[:, :, None] + rel_w[:, None, :]).reshape(BLOCK_M, BLOCK_N)
             elif HAS_REL:
                 if KEY_ROWS == 1:
                     rel_h = tl.load(rel_h_rows + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-                    scores += rel_w + rel_h[:, None]
+                    scores += rel_w
+                    lift = rel_h
                 else:
                     rel_h = relative_tile(rel_h_rows, key_row, window_h, inside, KEY_ROWS)
                     scores += (rel_h[:, :, None] + rel_w[:, None, :]).reshape(BLOCK_M, BLOCK_N)
             if not EVEN:
                 scores = tl.where(exists[None, :], scores, float("-inf"))
             # A tile begins with a key that exists, so the running maximum is finite from the first one on.
-            new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            shrink = tl.exp2(peak - new_peak)
-            peak = new_peak
-            total = total * shrink + tl.sum(weights, axis=1)
+            weights, shrink, peak, total = softmax_step(scores, 1.0, lift, peak, total, "none")
             v = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             rounded = weights.to(v.dtype)
             acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)

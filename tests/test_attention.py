@@ -97,6 +97,20 @@ def test_scale(backend, device, scale):
     _check(_arguments(device, n=9, m=12), scale=scale)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("kind", ["boolean", "additive"])
+def test_scale_with_a_mask(backend, device, scale, kind):
+    """A scale of 0 times a masked score of −∞ is NaN; a negative one turns the largest product into the smallest score."""
+    mask = torch.randn(9, 20) if kind == "additive" else torch.rand(9, 20) > 0.3
+    mask[::3] = -torch.inf if kind == "additive" else False
+    _check(_arguments(device, n=9, m=20, attn_mask=mask), scale=scale)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scale_with_rel(backend, device, scale):
+    _check(_arguments(device, n=15, rel=(3, 5)), scale=scale)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [1, -1], ids=["+", "-"])
 def test_logits_of_ten_thousand(backend, device, dtype, sign):
