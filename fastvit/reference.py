@@ -91,16 +91,15 @@ def image_attention(
         full = full + pad_qkv
     full = torch.cat([torch.cat([qkv, full[:, :height, width:]], dim=2), full[:, height:]], dim=1)
     rows, columns = full.shape[1] // window_h, full.shape[2] // window_w
-    windows = full.reshape(batch, rows, window_h, columns, window_w, 3, num_heads, -1)
-    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, batch * rows * columns, num_heads, window_h * window_w, -1)
-    query, key, value = windows
+    windows = full.reshape(batch, rows, window_h, columns, window_w, 3, num_heads, channels // (3 * num_heads))
+    query, key, value = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 3)
     rel_h = rel_w = None
     if rel_pos_h is not None and rel_pos_w is not None:
         grid = query.unflatten(2, (window_h, window_w))
         rel_h = torch.einsum("bnyxd,ykd->bnyxk", grid, relative_position_table(rel_pos_h, window_h)).flatten(2, 3)
         rel_w = torch.einsum("bnyxd,xkd->bnyxk", grid, relative_position_table(rel_pos_w, window_w)).flatten(2, 3)
     out = attention(query, key, value, scale=scale, rel_h=rel_h, rel_w=rel_w)
-    out = out.reshape(batch, rows, columns, num_heads, window_h, window_w, -1).permute(0, 1, 4, 2, 5, 3, 6)
+    out = out.unflatten(2, (window_h, window_w)).unflatten(0, (batch, rows, columns)).permute(0, 1, 4, 2, 5, 3, 6)
     return out.reshape(batch, height + pad_h, width + pad_w, channels // 3)[:, :height, :width].contiguous()
 
 

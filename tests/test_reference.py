@@ -82,3 +82,8 @@ def test_a_table_of_another_size_is_interpolated():
     for y in range(5):
         for k in range(5):
             torch.testing.assert_close(ours[y, k], resized[y - k + 4])
+
+
+@pytest.mark.parametrize("window", [0, 2])
+def test_no_images_have_no_attention(window):
+    assert reference.image_attention(torch.zeros(0, 3, 5, 24), num_heads=2, window_size=window).shape == (0, 3, 5, 8)

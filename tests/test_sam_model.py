@@ -323,6 +323,14 @@ def test_labels_may_be_floats_and_coordinates_integers():
     torch.testing.assert_close(ours((coordinates.round().long(), labels.float()))[0], expected, atol=FLOAT32, rtol=FLOAT32)
 
 
+@pytest.mark.parametrize("shape", [(3, 1, 4), (3, 2, 2)])
+def test_boxes_may_come_as_corners_or_one_each_prompt(shape):
+    ours, theirs = (model.prompt_encoder for model in parts())
+    boxes = random(3, 4).abs() * 60
+    assert torch.equal(ours(boxes=boxes.view(shape))[0], ours(boxes=boxes)[0])
+    torch.testing.assert_close(ours(boxes=boxes)[0], theirs(None, boxes.view(shape), None)[0], atol=FLOAT32, rtol=FLOAT32)
+
+
 def test_a_label_of_no_kind_marks_a_place():
     ours, theirs = (model.prompt_encoder for model in parts())
     coordinates, _ = points(1, 1)
@@ -473,6 +481,45 @@ def test_prompts_of_several_images_are_decoded_together(name):
         assert relative(actual, torch.cat(expected)) <= FLOAT32
 
 
+ONE_FOR_ALL = {
+    "a mask for points": {"points": points(3), "masks": random(1, 1, 40, 40, scale=5)},
+    "a mask for boxes": {"boxes": random(3, 4).abs() * 60, "masks": random(1, 1, 40, 40, scale=5)},
+    "a point for masks": {"points": points(1), "masks": random(3, 1, 40, 40, scale=5)},
+}
+
+
+@pytest.mark.parametrize("name", ONE_FOR_ALL)
+def test_one_prompt_of_a_kind_is_that_of_all(name):
+    ours, theirs = parts()
+    with torch.no_grad():
+        found = [decode(model, random(1, 32, 10, 10), **ONE_FOR_ALL[name]) for model in (ours, theirs)]
+    for actual, expected in zip(*found, strict=True):
+        assert actual.shape[0] == 3
+        assert relative(actual, expected) <= FLOAT32
+
+
+def test_one_prompt_is_that_of_all_images():
+    ours, theirs = parts()
+    with torch.no_grad():
+        found = [decode(model, random(2, 32, 10, 10), points=points(1)) for model in (ours, theirs)]
+    for actual, expected in zip(*found, strict=True):
+        assert actual.shape[0] == 2
+        assert relative(actual, expected) <= FLOAT32
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+def test_every_parameter_of_the_decoder_gets_a_gradient_in_training(multimask):
+    """Zeros where Meta's get zeros: DistributedDataParallel waits for each of them."""
+    found = []
+    for model in parts():
+        masks, iou = decode(model, random(1, 32, 10, 10), multimask, points=points())
+        (masks.square().mean() + iou.sum()).backward()
+        found.append({name: p.grad for name, p in model.mask_decoder.named_parameters()})
+    assert [name for name in found[0] if found[0][name] is None] == [name for name in found[1] if found[1][name] is None] == []
+    unwanted = "output_hypernetworks_mlps.0." if multimask else "output_hypernetworks_mlps.1."
+    assert not any(gradient.any() for name, gradient in found[0].items() if name.startswith(unwanted))
+
+
 def test_no_prompts_give_no_masks():
     ours, _ = parts()
     masks, iou = decode(ours, random(1, 32, 10, 10), points=points(0))
@@ -488,7 +535,7 @@ def decoder_gradients(model, side, prompts, device="cpu"):
 
 
 def every_gradient(model):
-    """Zeros stand for none: which of the two a parameter that was not used gets is nobody's promise."""
+    """Zeros stand for none."""
     return {name: torch.zeros_like(p).cpu() if p.grad is None else p.grad.cpu() for name, p in model.named_parameters()}
 
 

@@ -73,9 +73,10 @@ class MaskDecoder(nn.Module):
             image_embeddings: (1, dim, h, w) for B prompts of one image, or (images, dim, h, w) for prompts that come image
                 by image, B / images each.
             image_pe: (1, dim, h, w), from ``PromptEncoder.get_dense_pe``.
-            sparse_prompt_embeddings: (B, N, dim).
-            dense_prompt_embeddings: (B, dim, h, w).
-            multimask_output: whether to give the masks of an ambiguous prompt or the single one.
+            sparse_prompt_embeddings: (B, N, dim), or (1, N, dim) for all.
+            dense_prompt_embeddings: (B, dim, h, w), or (1, dim, h, w) for all.
+            multimask_output: whether to give the masks of an ambiguous prompt or the single one. While gradients are
+                recorded, the parameters of the masks that are not given get zeros, not None: distributed training needs one each.
 
         Returns:
             logits (B, masks, 4·h, 4·w) and predicted IoU (B, masks), masks being ``num_multimask_outputs`` or 1.
@@ -92,17 +93,19 @@ class MaskDecoder(nn.Module):
         wanted: slice = slice(None),
     ) -> tuple[Tensor, Tensor]:
         """As ``forward``, of the ``wanted`` of all 1 + ``num_multimask_outputs`` masks, the single one first."""
-        self._check(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
+        batch = self._check(image_embeddings, image_pe, sparse_prompt_embeddings, dense_prompt_embeddings)
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        batch = sparse_prompt_embeddings.shape[0]
-        tokens = torch.cat([output_tokens.expand(batch, -1, -1), sparse_prompt_embeddings], dim=1)
+        sparse = sparse_prompt_embeddings.expand(batch, -1, -1)
+        tokens = torch.cat([output_tokens.expand(batch, -1, -1), sparse], dim=1)
         image = _with_prompt(image_embeddings, dense_prompt_embeddings)
         tokens, image = self.transformer(image, image_pe, tokens)
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         hypernetworks: list[Any] = list(self.output_hypernetworks_mlps)
-        factors = [hypernetworks[i](mask_tokens[:, i]) for i in range(self.num_mask_tokens)[wanted]]
+        every = slice(None)
+        run, kept = (every, wanted) if torch.is_grad_enabled() else (wanted, every)
+        factors = [hypernetworks[i](mask_tokens[:, i]) for i in range(self.num_mask_tokens)[run]]
         height, width = image_embeddings.shape[2:]
-        masks = self._product(torch.stack(factors, dim=1), image, height, width)
+        masks = self._product(torch.stack(factors, dim=1)[:, kept], image, height, width)
         return masks, self.iou_prediction_head(tokens[:, 0])[:, wanted]
 
     def _product(self, factors: Tensor, image: Tensor, height: int, width: int) -> Tensor:
@@ -125,7 +128,8 @@ class MaskDecoder(nn.Module):
         masks = masks.unflatten(2, (height, width, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.flatten(5, 7).flatten(2, 4)
 
-    def _check(self, image: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> None:
+    def _check(self, image: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor) -> int:
+        """B. Raises for embeddings that do not fit the decoder or each other."""
         names = {"image_embeddings": image, "image_pe": positions}
         names |= {"sparse_prompt_embeddings": sparse, "dense_prompt_embeddings": dense}
         _checks.check_tensors("image_embeddings", tuple(names), **names)
@@ -136,10 +140,15 @@ class MaskDecoder(nn.Module):
         _checks.check_rank("sparse_prompt_embeddings", sparse, 3, "(prompts, tokens, dim)")
         batch, count = sparse.shape[:2]
         _checks.check_shape("sparse_prompt_embeddings", sparse, (batch, count, self.transformer_dim), "transformer_dim")
+        _checks.check_rank("dense_prompt_embeddings", dense, 4, "(prompts, dim, height, width)")
+        if batch == 1:
+            batch = max(image.shape[0], dense.shape[0])
         if image.shape[0] == 0 or batch % image.shape[0]:
             raise ValueError(f"sparse_prompt_embeddings has {batch} prompts; expected a multiple of the {image.shape[0]} images")
-        _checks.check_shape("dense_prompt_embeddings", dense, (batch, *image.shape[1:]), "one each prompt, of the image's shape")
+        of = 1 if dense.shape[0] == 1 else batch
+        _checks.check_shape("dense_prompt_embeddings", dense, (of, *image.shape[1:]), "one each prompt, of the image's shape")
         _checks.check_shape("image_pe", positions, (1, *image.shape[1:]), "one of the image's shape")
+        return batch
 
 
 def _with_prompt(image: Tensor, dense: Tensor) -> Tensor:

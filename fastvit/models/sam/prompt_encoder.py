@@ -151,13 +151,14 @@ class PromptEncoder(nn.Module):
         Args:
             points: coordinates (B, N, 2) as (x, y), and labels (B, N): 1 inside the object, 0 outside, −1 no point. Another
                 label marks a place alone. Without boxes one token "no point" more follows.
-            boxes: (B, 4) as (x0, y0, x1, y1), two tokens each.
-            masks: (B, 1, 4·h, 4·w), logits that the decoder has returned for an earlier prompt.
+            boxes: (B, 4), (B, 1, 4) or (B, 2, 2), as (x0, y0, x1, y1), two tokens each.
+            masks: (B, 1, 4·h, 4·w), logits that the decoder has returned for an earlier prompt. One mask may go with B other
+                prompts, and one other prompt with B masks: the decoder takes the one for all.
             text: (B, text_dim), one token each.
 
         Returns:
-            (B, tokens, dim), tokens of points, boxes and text in this order; and (B, dim, h, w), which without masks is one
-            vector seen everywhere. Without prompts B is 1, and there are no tokens.
+            (B, tokens, dim), tokens of points, boxes and text in this order; and of masks (B, dim, h, w), which without masks
+            is one vector seen everywhere. Without prompts B is 1, and there are no tokens.
 
         Raises:
             TypeError, ValueError: shapes or batches that do not fit, or text without a ``text_dim``.
@@ -185,7 +186,7 @@ class PromptEncoder(nn.Module):
         return torch.cat([tokens, self.not_a_point_embed.weight.expand(tokens.shape[0], 1, -1)], dim=1) if pad else tokens
 
     def _embed_boxes(self, boxes: Tensor) -> Tensor:
-        places = self.pe_layer.forward_with_coords(boxes.unflatten(1, (2, 2)) + 0.5, self.input_image_size)
+        places = self.pe_layer.forward_with_coords(boxes.reshape(-1, 2, 2) + 0.5, self.input_image_size)
         return places + torch.cat([self._point(2), self._point(3)])
 
     def _point(self, index: int) -> Any:
@@ -198,7 +199,7 @@ class PromptEncoder(nn.Module):
             if not isinstance(points, (tuple, list)) or len(points) != 2:
                 raise TypeError(f"points is {type(points).__name__}; expected a pair of tensors, coordinates and labels")
             prompts |= {"points": points[0], "labels of points": points[1]}
-        prompts |= {name: t for name, t in (("boxes", boxes), ("masks", masks), ("text", text)) if t is not None}
+        prompts |= {name: t for name, t in (("boxes", boxes), ("text", text), ("masks", masks)) if t is not None}
         for name, tensor in prompts.items():
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} is {type(tensor).__name__}; expected a torch.Tensor")
@@ -207,8 +208,13 @@ class PromptEncoder(nn.Module):
             count = points[0].shape[1] if points[0].dim() == 3 else 0
             _checks.check_shape("points", points[0], (batch, count, 2), "one (x, y) each point of each mask")
             _checks.check_shape("labels of points", points[1], (batch, count), "one label each point")
-        _checks.check_shape("boxes", boxes, (batch, 4), "one (x0, y0, x1, y1) each mask")
-        _checks.check_shape("masks", masks, (batch, 1, *self.mask_input_size), "one mask of mask_input_size each mask")
+        if boxes is not None and tuple(boxes.shape[1:]) not in ((1, 4), (2, 2)):
+            _checks.check_shape("boxes", boxes, (batch, 4), "one (x0, y0, x1, y1) each mask")
+        elif boxes is not None and boxes.shape[0] != batch:
+            raise ValueError(f"boxes has shape {tuple(boxes.shape)}; expected {batch} of them")
+        if masks is not None:
+            count = masks.shape[:1].numel() if batch == 1 or masks.shape[:1] == (1,) else batch
+            _checks.check_shape("masks", masks, (count, 1, *self.mask_input_size), "one mask of mask_input_size each mask")
         if text is not None:
             if self.text_embedding is None:
                 raise ValueError("text was given to a prompt encoder without text_dim; expected one made with text_dim=…")
