@@ -41,9 +41,8 @@ format: $(VENV)/.dev  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## time whole models on this CPU; JSON goes to out/
-	@mkdir -p $(OUT)
-	$(BIN)/python -m benchmarks.cpu_models --json $(OUT)/cpu_models.json $(ARGS)
+bench: $(VENV)/.dev  ## time models and operators on this CPU; JSON, tables and plots go to out/bench
+	$(BIN)/python -m fastvit bench --device cpu --out $(OUT)/bench $(ARGS)
 
 compatibility: $(VENV)/.dev  ## measure every family that is served and write docs/compatibility.md
 	$(BIN)/python -m benchmarks.compatibility $(ARGS)

@@ -1,4 +1,4 @@
-"""Packaging: the folder ``kernels/`` installs as ``fastvit.kernels``.
+"""Packaging: the folders ``kernels/`` and ``benchmarks/`` install as ``fastvit.kernels`` and ``fastvit.benchmarks``.
 
 A top-level package called ``kernels`` would shadow Hugging Face's package of that name, so the folder has no
 ``__init__.py`` and is mapped below ``fastvit``; see docs/structure.md.
@@ -40,8 +40,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels"],
-    package_dir={"fastvit.kernels": "kernels"},
+    packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels", "fastvit.benchmarks"],
+    package_dir={"fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
     package_data={"fastvit.kernels": ["tables/*.json"], "fastvit": ["py.typed"]},
     install_requires=[
         "torch>=2.11",

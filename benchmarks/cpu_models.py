@@ -1,29 +1,34 @@
-"""Whole models on the CPU: the accelerated model against the unchanged one, in time and in peak memory.
+"""Whole models on the CPU, float32, inference: the accelerated model against the unchanged one and what else serves it.
 
-    python benchmarks/cpu_models.py                       # all cases, a table on the terminal
-    python benchmarks/cpu_models.py --case dinov2-s-518 --rounds 15 --json cpu.json
-
-Time: both run in one process on one model, in turns (original, accelerated, accelerated, original, ...), so that whatever
-else the machine does hits both; reported is the median of the rounds' ratios, with their spread. Memory: each in a
-process of its own, peak resident size above the model loaded, the highest of a few calls. Results are checked first.
+Peers: the original in its library's fused mode, torch.compile of it, ONNX Runtime and OpenVINO on its export where they can be
+imported. Time: all on the same weights in one process, in turns, so that whatever else the machine does hits all of them;
+reported are medians, and the ratios of rounds. Memory: each in a process of its own, peak resident size (``VmHWM``) above the
+model loaded, the highest of a few calls. Results are checked first.
 """
 
 import argparse
-import json
+import functools
+import importlib.util
+import os
 import platform
-import resource
-import statistics
 import subprocess
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from torch import Tensor, nn
 
 import fastvit
 from fastvit._torchvision import ensure_importable
+
+from . import contest, floors, measure, results
+from .settings import Settings, Task
+
+ALLOWED_ERROR = 1e-4  # relative, float32, between implementations; fastvit.verify's own bound
 
 
 def dinov2_small_518():
@@ -66,130 +71,176 @@ def sam_base_transformers():
     return _disturb_positions(SamModel(config).vision_encoder), torch.randn(1, 3, 1024, 1024)
 
 
+@dataclass(frozen=True)
+class Case:
+    """``gflop`` of the whole input; ``seconds`` to time for, roughly; ``others``: peers beside the original."""
+
+    title: str
+    build: Callable[[], tuple[nn.Module, Tensor]]
+    shape: list[int]
+    gflop: float
+    seconds: float
+    others: tuple[str, ...]
+
+
+ALL_OTHERS = ("compile", "onnxruntime", "openvino")
+VIT_B = floors.vit_flops(224, **floors.VIT["ViT-B/16"]) / 1e9
+SAM_B = floors.sam_encoder_flops(**floors.SAM["SAM-B"]) / 1e9
+DINOV2_S = floors.vit_flops(518, 14, 384, 12, 1536) / 1e9
+PICTURES = {"small": [8, 3, 224, 224], "518": [1, 3, 518, 518], "1024": [1, 3, 1024, 1024]}
 CASES = {
-    "dinov2-s-518": ("Hugging Face DINOv2-S, 518 px, batch 1", dinov2_small_518),
-    "vit-b-224-hf": ("Hugging Face ViT-B/16, 224 px, batch 8", vit_base_transformers),
-    "vit-b-224-timm": ("timm ViT-B/16, 224 px, batch 8", vit_base_timm),
-    "sam-b-1024-meta": ("segment_anything SAM-B image encoder, 1024 px, batch 1", sam_base_meta),
-    "sam-b-1024-hf": ("Hugging Face SAM-B image encoder, 1024 px, batch 1", sam_base_transformers),
+    "dinov2-s-518": Case("Hugging Face DINOv2-S, 518 px, batch 1", dinov2_small_518, PICTURES["518"], DINOV2_S, 16, ALL_OTHERS),
+    "vit-b-224-hf": Case("Hugging Face ViT-B/16, 224 px, batch 8", vit_base_transformers, PICTURES["small"], 8 * VIT_B, 20, ()),
+    "vit-b-224-timm": Case("timm ViT-B/16, 224 px, batch 8", vit_base_timm, PICTURES["small"], 8 * VIT_B, 40, ALL_OTHERS),
+    "sam-b-1024-meta": Case(
+        "segment_anything SAM-B image encoder, 1024 px, batch 1", sam_base_meta, PICTURES["1024"], SAM_B, 45, ()
+    ),
+    "sam-b-1024-hf": Case(
+        "Hugging Face SAM-B image encoder, 1024 px, batch 1", sam_base_transformers, PICTURES["1024"], SAM_B, 36, ()
+    ),
 }
-MOST_ROUNDS = {"sam-b-1024-meta": 3, "sam-b-1024-hf": 3}  # each of half a minute and more
 
 
-def build(case: str):
+def build(case: str) -> tuple[nn.Module, Tensor]:
     ensure_importable()
     torch.manual_seed(0)
-    model, x = CASES[case][1]()
-    return model.eval(), x
+    model, x = CASES[case].build()
+    return model.eval().requires_grad_(False), x
 
 
-def seconds(model, x) -> float:
-    start = time.perf_counter()
-    model(x)
-    return time.perf_counter() - start
+def first(result: Any) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
 
 
-@torch.no_grad()
-def measure_time(case: str, rounds: int) -> dict:
-    """Times of both, and the ratio accelerated / original of each round."""
-    model, x = build(case)
-    check = fastvit.verify(fastvit.accelerate(model), x)
+def tasks(settings: Settings) -> Iterator[Task]:
+    for name, case in CASES.items():
+        row = results.new_row(case.title, "model", "forward", "fp32", case.shape)
+        yield Task(row, functools.partial(run, name))
+
+
+def _of_export(kind: str, file: Path, x: Tensor) -> Callable[[], Tensor]:
+    """A call of the exported model in another library."""
+    if kind == "onnxruntime":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        fed = {session.get_inputs()[0].name: x.numpy()}
+        return lambda: torch.from_numpy(session.run(None, fed)[0])
+    import openvino
+
+    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
+    return lambda: torch.from_numpy(compiled([x.numpy()])[0])
+
+
+def _call(kind: str, model: nn.Module, x: Tensor, file: Path) -> Callable[[], Tensor]:
+    """One call of the model by one of the contestants."""
+    if kind in ("onnxruntime", "openvino"):
+        return _of_export(kind, file, x)
+    run = torch.compile(model) if kind == "compile" else fastvit.accelerate(model) if kind == "accelerated" else model
+    return contest.inference(lambda pixels: first(run(pixels)), x)
+
+
+def _export(model: nn.Module, x: Tensor, file: Path) -> None:
+    if not file.exists():
+        with torch.no_grad():
+            torch.onnx.export(model, (x,), str(file), dynamo=False, opset_version=17)
+
+
+def run(name: str, row: results.Row, settings: Settings) -> None:
+    """Fills the row: everything checked against the original, then timed in turns, then each one's memory."""
+    case = CASES[name]
+    row |= {"gflop": case.gflop, "floor_ms": settings.floor_ms(case.gflop)}
+    model, x = build(name)
+    mine = contest.twin(model)
+    check = fastvit.verify(fastvit.accelerate(mine), x)
+    row |= {"max_error": check.relative_error, "verified": str(check)}
     if not check.passed:
-        return {"verified": str(check)}
-    times: dict[str, list[float]] = {"original": [], "accelerated": []}
-    for kind in times:  # warm both
-        (fastvit.accelerate if kind == "accelerated" else fastvit.restore)(model)
-        seconds(model, x)
-    for number in range(rounds):
-        order = ("original", "accelerated") if number % 2 == 0 else ("accelerated", "original")
-        for kind in order:
-            (fastvit.accelerate if kind == "accelerated" else fastvit.restore)(model)
-            times[kind].append(seconds(model, x))
-    ratios = sorted(a / o for a, o in zip(times["accelerated"], times["original"], strict=True))
-    quarter = len(ratios) // 4
-    return {
-        "verified": str(check),
-        "original_seconds": statistics.median(times["original"]),
-        "accelerated_seconds": statistics.median(times["accelerated"]),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]],
-        "ratio_worst": ratios[-1],
-        "rounds": rounds,
-    }
+        raise measure.WrongResult(str(check))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        calls = {"original": _call("original", model, x, file), "accelerated": _call("accelerated", mine, x, file)}
+        exact = calls["original"]()
+        for kind in ALL_OTHERS:
+            reason = None if kind in case.others else "not run for this case"
+            try:
+                if reason is None:
+                    reason = settings.why_not_compiled() or _missing(kind)
+                if reason is None:
+                    other = contest.twin(model)
+                    if kind != "compile":
+                        _export(other, x, file)
+                    call = _call(kind, other, x, file)
+                    error = measure.relative_error([call()], [exact])
+                    if not error <= ALLOWED_ERROR:
+                        raise measure.WrongResult(f"errs by {error:.2g}, allowed {ALLOWED_ERROR:.2g}")
+                    calls[kind] = call
+            except Exception as error:  # whatever a peer throws, it does not serve this case
+                reason = results.describe(error)
+            if reason is not None:
+                row["unavailable"][kind] = reason
+        for call in calls.values():  # warm all, after the last of them was built
+            call()
+        timings = measure.interleaved(calls, settings.budget_s(case.seconds))
+        peaks = {kind: peak_memory_of(name, kind, file) for kind in calls}
+    _fill(row, timings, peaks)
 
 
-@torch.no_grad()
-def peak_memory(case: str, kind: str, calls: int = 3) -> int:
+def _missing(kind: str) -> str | None:
+    needed = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}.get(kind, ())
+    absent = [module for module in needed if importlib.util.find_spec(module) is None]
+    return f"{absent[0]} is not installed" if absent else None
+
+
+def _fill(row: results.Row, timings: dict[str, measure.Timing], peaks: dict[str, float]) -> None:
+    mine = timings.pop("accelerated")
+    row["peers"] = {kind: timing.ms for kind, timing in timings.items()}
+    row["peers_cpu_ms"] = {kind: timing.cpu_ms for kind, timing in timings.items()}
+    row["peers_peak_mb"] = {kind: peaks[kind] for kind in timings}
+    row |= {"ours_ms": mine.ms, "ours_spread": mine.spread, "ours_cpu_ms": mine.cpu_ms, "p95_ms": mine.p95_ms}
+    row |= {"peak_mb": peaks["accelerated"], "rounds": len(mine.samples)}
+    row |= measure.paired(timings[results.fastest_peer(row) or "original"], mine)
+
+
+def peak_memory_of(case: str, kind: str, file: Path) -> float:
+    """MiB that calls add to the loaded model at their highest, in a process of its own."""
+    command = [sys.executable, "-m", f"{__name__.rpartition('.')[0]}.cpu_models", case, kind, str(file)]
+    path = os.pathsep.join(filter(None, [str(results.ROOT_OF_IMPORTS), os.environ.get("PYTHONPATH")]))
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path})
+    return int(ran.stdout.splitlines()[-1]) / 2**20
+
+
+def peak_memory(case: str, kind: str, file: Path) -> int:
     """Bytes of peak resident size above the loaded model, in this process."""
-    model, x = build(case)
-    if kind == "accelerated":
-        fastvit.accelerate(model)
-    before = resident()
-    for _ in range(calls):
-        model(x)
-    return peak_resident() - before
-
-
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def peak_resident() -> int:
-    """Of this process's own memory: what getrusage says was its parent's once, up to the start of a program."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def measure_memory(case: str) -> dict[str, int]:
-    found = {}
-    for kind in ("original", "accelerated"):
-        command = [sys.executable, __file__, "--case", case, "--peak-memory-of", kind]
-        found[f"{kind}_peak_bytes"] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return found
+    if kind in ("onnxruntime", "openvino"):
+        model, x = nn.Identity(), torch.randn(CASES[case].shape)
+    else:
+        model, x = build(case)
+    call = _call(kind, model, x, file)
+    if kind == "compile":
+        call()  # what the compiler itself takes is not the model's
+    measure.forget_peak()  # loading's own; where that is refused, loading's peak may hide the calls'
+    before = measure.status_bytes("VmRSS")
+    for _ in range(3 if CASES[case].gflop < 500 else 2):
+        call()
+    return measure.status_bytes("VmHWM") - before
 
 
 def machine() -> dict:
-    cpu = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    ).stdout.strip()
+    """What the numbers depend on, in the form of the file of families."""
     return {
-        "commit": commit,
-        "cpu": cpu.partition(":")[2].strip(),
+        "commit": results.commit()[:7],
+        "cpu": results.cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=CASES, help="default: all")
-    parser.add_argument("--rounds", type=int, default=11, help="paired runs a case")
-    parser.add_argument("--json", type=Path, help="also write the results here")
-    parser.add_argument("--peak-memory-of", choices=("original", "accelerated"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peak_memory_of:
-        print(peak_memory(options.case[0], options.peak_memory_of))
-        return
-    results = {"machine": machine(), "dtype": "float32", "cases": {}}
-    for case in options.case or CASES:
-        rounds = min(options.rounds, MOST_ROUNDS.get(case, options.rounds))
-        found = {"what": CASES[case][0], **measure_time(case, rounds), **measure_memory(case)}
-        results["cases"][case] = found
-        if "ratio" not in found:
-            sys.exit(f"{case}: wrong result, not timed: {found['verified']}")
-        low, high = found["ratio_quartiles"]
-        print(
-            f"{found['what']:<55} {found['original_seconds']:.3f} s -> {found['accelerated_seconds']:.3f} s,"
-            f" ratio {found['ratio']:.3f} (quartiles {low:.3f}-{high:.3f}, worst {found['ratio_worst']:.3f});"
-            f" peak {found['original_peak_bytes'] / 2**20:.0f} -> {found['accelerated_peak_bytes'] / 2**20:.0f} MiB",
-            flush=True,
-        )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(results, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="Peak memory of one contestant in a case, in bytes")
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("kind")
+    parser.add_argument("file", type=Path)
+    print(peak_memory(**vars(parser.parse_args())))

@@ -1,15 +1,26 @@
-"""Time and correctness of one function on one device. A result is checked before it is timed: wrong gets an error, no time."""
+"""Time and correctness of functions on one device. A result is checked before it is timed: wrong gets an error, no time.
 
+On a GPU: medians of CUDA events over inputs that rotate through more than the L2 cache, short calls as replays of a CUDA graph.
+On a CPU: contestants in turns, so that whatever else the machine does hits all of them; wall time, CPU time, and the resident
+memory that a call adds at its highest (``VmHWM``, reset before the call).
+"""
+
+import ctypes
+import gc
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 WARM_UP = 5
 GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
+MOST_ROUNDS = 50
+
+Call = Callable[[], object]
 
 
 class WrongResult(Exception):
@@ -23,14 +34,17 @@ class Timing:
     ms: float
     spread: float
     peak_mb: float = 0.0
+    p95_ms: float = 0.0
+    cpu_ms: float | None = None
+    samples: list[float] = field(default_factory=list, repr=False)
 
 
 def summarize(samples: Sequence[float]) -> Timing:
     """The median and spread of times in milliseconds."""
     ordered = sorted(samples)
     median = statistics.median(ordered)
-    low, high = ordered[int(0.2 * (len(ordered) - 1))], ordered[int(0.8 * (len(ordered) - 1))]
-    return Timing(median, (high - low) / median if median else 0.0)
+    low, high, late = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.8, 0.95))
+    return Timing(median, (high - low) / median if median else 0.0, p95_ms=late, samples=list(samples))
 
 
 def relative_error(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -55,24 +69,62 @@ def check(name: str, result: Sequence[Tensor], exact: Sequence[Tensor], dtype: t
     return error
 
 
-def measure(calls: Sequence[Callable[[], object]], device: str, budget_s: float = 0.2, graphs: bool = True) -> Timing:
-    """Times the calls in turn, each on its own inputs, for about ``budget_s`` seconds; short ones as a graph's replays."""
-    if device == "cpu":
-        return _measure_cpu(calls, budget_s)
-    return _measure_cuda(calls, budget_s, graphs)
+def interleaved(calls: Mapping[str, Call], budget_s: float) -> dict[str, Timing]:
+    """Times the calls in turns on the CPU, forwards and backwards, for about ``budget_s`` seconds and at least one round.
+
+    The ``samples`` of two of them belong together round by round: the ratios of rounds are what a busy machine leaves alone.
+    """
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    end, number = time.perf_counter() + budget_s, 0
+    while number < MOST_ROUNDS and (number == 0 or time.perf_counter() < end):
+        for name in list(calls) if number % 2 == 0 else reversed(calls):
+            start, start_cpu = time.perf_counter(), time.process_time()
+            calls[name]()
+            wall[name].append((time.perf_counter() - start) * 1e3)
+            spent[name].append((time.process_time() - start_cpu) * 1e3)
+        number += 1
+    found = {name: summarize(samples) for name, samples in wall.items()}
+    for name, timing in found.items():
+        timing.cpu_ms = statistics.median(spent[name])
+    return found
 
 
-def _measure_cpu(calls: Sequence[Callable[[], object]], budget_s: float) -> Timing:
-    samples, end, turn = [], time.perf_counter() + budget_s, 0
-    while not samples or time.perf_counter() < end:
-        start = time.perf_counter()
-        calls[turn % len(calls)]()
-        samples.append((time.perf_counter() - start) * 1e3)
-        turn += 1
-    return summarize(samples)
+def paired(theirs: Timing, ours: Timing) -> dict[str, object]:
+    """``paired_ratio`` and ``ratio_quartiles`` of their time over ours, round by round."""
+    ratios = sorted(a / b for a, b in zip(theirs.samples, ours.samples, strict=True))
+    quarter = len(ratios) // 4
+    return {"paired_ratio": statistics.median(ratios), "ratio_quartiles": [ratios[quarter], ratios[-1 - quarter]]}
 
 
-def _measure_cuda(calls: Sequence[Callable[[], object]], budget_s: float, graphs: bool) -> Timing:
+def status_bytes(field_name: str) -> int:
+    """A size that the kernel keeps of this process alone: ``VmRSS`` now, ``VmHWM`` at its highest."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field_name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> bool:
+    """Lets ``VmHWM`` begin again at ``VmRSS``; False where the system does not allow that."""
+    try:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # pages freed before are given back, or a call would fill them unseen
+        Path("/proc/self/clear_refs").write_text("5")
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def resident_peak_mb(call: Call) -> float | None:
+    """Resident memory that one call adds at its highest, in MiB; None where the system does not let that be asked."""
+    if not forget_peak():
+        return None
+    before = status_bytes("VmRSS")
+    call()
+    return max(0.0, (status_bytes("VmHWM") - before) / 2**20)
+
+
+def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True) -> Timing:
+    """Times the calls in turn on the GPU, each on its own inputs, for about ``budget_s`` seconds; short ones as replays."""
     for turn in range(max(WARM_UP, len(calls))):
         calls[turn % len(calls)]()
     torch.cuda.synchronize()
@@ -89,7 +141,7 @@ def _measure_cuda(calls: Sequence[Callable[[], object]], budget_s: float, graphs
     return timing
 
 
-def _event_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+def _event_times(calls: Sequence[Call], repeats: int) -> list[float]:
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for turn, (start, end) in enumerate(events):
         start.record()
@@ -99,7 +151,7 @@ def _event_times(calls: Sequence[Callable[[], object]], repeats: int) -> list[fl
     return [start.elapsed_time(end) for start, end in events]
 
 
-def _graph_times(calls: Sequence[Callable[[], object]], budget_s: float) -> list[float] | None:
+def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:
     """Times of one call, from replays of a graph of at least twenty; None where the calls cannot be captured."""
     rounds = -(-20 // len(calls))
     graph = torch.cuda.CUDAGraph()
@@ -117,3 +169,22 @@ def _graph_times(calls: Sequence[Callable[[], object]], budget_s: float) -> list
     first = _event_times([graph.replay], 3)
     repeats = max(10, min(500, int(budget_s * 1e3 / max(statistics.median(first), 1e-3))))
     return [total / count for total in _event_times([graph.replay], repeats)]
+
+
+def graphed(call: Call) -> Call:
+    """The call as one CUDA graph: its replay returns what the capture made, filled anew. Raises where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay

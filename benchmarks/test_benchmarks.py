@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastvit
-from benchmarks import cases, gpu
+from benchmarks import cases, operators, peers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -18,12 +18,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 )
 def test_case(benchmark, case, direction):
     case = case if DEVICE == "cuda" else case.small()
-    ours, _, _ = gpu.contestants(case)
+    ours, _, _ = peers.contestants(case)
     inputs = case.inputs(torch.bfloat16, DEVICE, requires_grad=direction == "backward")
     with fastvit.use_backend("auto"):
-        out = ours(**inputs)
-        upstream = tuple(torch.randn_like(t) for t in (out if isinstance(out, tuple) else (out,)))
-        (call,) = gpu._calls(ours, [inputs], upstream, direction)
+        upstream = tuple(torch.randn_like(out) for out in operators.outputs(ours(**inputs)))
+        (call,) = operators.calls(ours, [inputs], upstream, direction)
 
         def run():
             call()

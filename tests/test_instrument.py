@@ -1,4 +1,4 @@
-"""The benchmark instrument where there is no GPU: its arithmetic, its schema, and that a wrong kernel gets no time."""
+"""The benchmark instrument where there is no GPU: its arithmetic, its rows, and that a wrong kernel gets no time."""
 
 import dataclasses
 import datetime
@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, gpu, measure
+from benchmarks import cases, contest, first_call, floors, gpu, measure, models, operators, peers, problems, results, show, suite
+from benchmarks.settings import Settings
 from fastvit import functional, reference
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = {"gemm_tflop_s": 790.0, "copy_gb_s": 4300.0}
+DRY = Settings("cpu", CEILINGS, dry=True)
 ALL = [case for group in cases.ALL.values() for case in group]
 
 SCHEMA = {
     "case": str, "op": str, "pass": str, "dtype": str, "shape": list, "ours_ms": float, "ours_spread": float, "peers": dict,
-    "floor_ms": float, "peak_mb": float, "peers_peak_mb": dict, "max_error": float,
+    "floor_ms": float, "gflop": float, "mbyte": float, "peers_peak_mb": dict, "max_error": float, "unavailable": dict,
 }  # fmt: skip
 
 
@@ -28,11 +30,17 @@ def _name(case):
     return f"{case.op} {case.name}"
 
 
-@pytest.mark.parametrize("part", ["attention", "linear", "layer_norm"])
+def _row(case, direction="forward"):
+    """A dry run of one case: the same code as on a GPU, on small shapes."""
+    row = results.new_row(case.name, case.op, direction, "bf16", case.small().shape)
+    operators.run_case(case.small(), row, DRY)
+    return row
+
+
+@pytest.mark.parametrize("part", cases.ALL)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_row_has_the_schema(part, direction):
-    """A dry run of the first case of each part: the same code as on a GPU, on small shapes."""
-    row = gpu.run_case(cases.ALL[part][0].small(), "bf16", direction, CEILINGS, "cpu", late=False)
+    row = _row(cases.ALL[part][0], direction)
     assert "error" not in row
     for key, kind in SCHEMA.items():
         assert isinstance(row[key], kind), key
@@ -44,23 +52,23 @@ def test_a_row_has_the_schema(part, direction):
 
 @pytest.mark.parametrize("case", ALL, ids=_name)
 def test_every_case_computes_what_its_reference_does(case):
-    """Small, in float32: the contestants of a case are the same function of the same inputs."""
+    """Small, in float32: the contestants of a case that run here are the same function of the same inputs."""
     case = case.small()
-    ours, exact, peers = gpu.contestants(case)
+    ours, exact, competing = peers.contestants(case)
     inputs = case.inputs(torch.float32, "cpu", requires_grad=False)
-    expected = gpu._outputs(exact(**gpu._double(inputs)))
-    for name in ("eager", "sdpa_math"):
-        if name in peers:
-            measure.check(name, gpu._outputs(peers[name](**inputs)), expected, torch.float32)
-    measure.check("fastvit", gpu._outputs(ours(**inputs)), expected, torch.float32)
+    expected = operators.outputs(exact(**operators.double(inputs)))
+    measure.check("fastvit", operators.outputs(ours(**inputs)), expected, torch.float32)
+    elsewhere = {"xformers", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"}
+    for name in competing.keys() - elsewhere:  # what is compiled runs as it is written
+        measure.check(name, operators.outputs(competing[name].build()(**inputs)), expected, torch.float32)
 
 
 def test_a_wrong_kernel_gets_an_error_and_no_time(monkeypatch):
     monkeypatch.setattr(functional, "linear", lambda *args, **named: reference.linear(*args, **named) * 1.1)
-    row = gpu.run_case(cases.LINEAR[0].small(), "bf16", "forward", CEILINGS, "cpu", late=False)
+    row = _row(cases.LINEAR[0])
     assert row["ours_ms"] is None
     assert "WrongResult" in row["error"]
-    assert gpu.ratio(row) is None
+    assert results.ratio(row) is None
 
 
 def test_a_wrong_gradient_gets_an_error_and_no_time(monkeypatch):
@@ -71,8 +79,32 @@ def test_a_wrong_gradient_gets_an_error_and_no_time(monkeypatch):
         return out + (out - out.detach())
 
     monkeypatch.setattr(functional, "linear", detached)
-    assert "error" not in gpu.run_case(cases.LINEAR[0].small(), "bf16", "forward", CEILINGS, "cpu", late=False)
-    assert "WrongResult" in gpu.run_case(cases.LINEAR[0].small(), "bf16", "backward", CEILINGS, "cpu", late=False)["error"]
+    assert "error" not in _row(cases.LINEAR[0])
+    assert "WrongResult" in _row(cases.LINEAR[0], "backward")["error"]
+
+
+def test_a_wrong_peer_is_unavailable_and_says_why(monkeypatch):
+    monkeypatch.setitem(peers.EAGER, "linear", lambda **named: reference.linear(**named) + 1)
+    row = _row(cases.LINEAR[0])
+    assert "eager" not in row["peers"]
+    assert "WrongResult" in row["unavailable"]["eager"]
+    assert row["ours_ms"]
+
+
+def _contest(ours):
+    x = torch.randn(3, 5)
+    row = results.new_row("toy", "model", "forward", "bf16", [3, 5]) | {"gflop": 1.0}
+    contest.run(row, DRY, x, {"eager": lambda: lambda: x.bfloat16()}, {name: lambda c=call: c for name, call in ours(x).items()})
+    return row
+
+
+def test_a_wrong_model_gets_an_error_also_where_another_variant_of_it_is_right():
+    right = _contest(lambda x: {"accelerated": lambda: x.bfloat16()})
+    assert right["ours_ms"]
+    assert "error" not in right
+    wrong = _contest(lambda x: {"accelerated": lambda: x.bfloat16(), "accelerated_2": lambda: x.bfloat16() * 1.01})
+    assert wrong["ours_ms"] is None
+    assert "WrongResult" in wrong["error"]
 
 
 def test_nan_passes_no_check():
@@ -86,22 +118,63 @@ def test_medians_and_spread():
     assert timing.spread == pytest.approx(1.0)  # from 1 to 3, the outlier left out
 
 
+def test_contestants_take_turns():
+    order = []
+    timings = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 0.01)
+    assert order[:8] == ["a", "b", "b", "a"] * 2
+    assert len(timings["a"].samples) == len(timings["b"].samples) <= measure.MOST_ROUNDS
+    timings["a"].samples, timings["b"].samples = [2.0, 6.0, 1.0], [1.0, 2.0, 2.0]
+    assert measure.paired(timings["a"], timings["b"]) == {"paired_ratio": 2.0, "ratio_quartiles": [0.5, 3.0]}
+
+
+@pytest.mark.skipif(not measure.forget_peak(), reason="this system does not let a process reset its peak")
+def test_the_memory_that_a_call_adds():
+    peak = measure.resident_peak_mb(lambda: [torch.ones(8 << 20) for _ in range(2)] and None)
+    assert peak == pytest.approx(64, rel=0.05)
+    assert measure.resident_peak_mb(lambda: None) < 2
+
+
 def test_ratio_is_the_fastest_peer_over_ours():
-    assert gpu.ratio({"ours_ms": 2.0, "peers": {"eager": 6.0, "compile": 3.0}}) == 1.5
-    assert gpu.ratio({"ours_ms": 2.0, "peers": {}}) is None
+    assert results.ratio({"ours_ms": 2.0, "peers": {"eager": 6.0, "compile": 3.0}}) == 1.5
+    assert results.ratio({"ours_ms": 2.0, "peers": {}}) is None
 
 
 def test_floors():
     """A square bf16 product is bound by arithmetic, a layer norm by bytes."""
-    product = cases.Linear("square", 8192, 8192, 8192)
+    product = problems.Linear("square", 8192, 8192, 8192)
     assert cases.floor_ms(product, "forward", 2, 790.0, 4300.0) == pytest.approx(2 * 8192**3 / 790e12 * 1e3)
-    norm = cases.LayerNorm("rows", 4096, 1024)
+    norm = problems.LayerNorm("rows", 4096, 1024)
     assert cases.floor_ms(norm, "forward", 2, 790.0, 4300.0) == pytest.approx(2 * 4096 * 1024 * 2 / 4300e9 * 1e3)
     assert product.flops("step") == product.flops("forward") + product.flops("backward")
+    assert DRY.floor_ms(*(f("forward", *a) / s for f, a, s in ((norm.flops, (), 1e9), (norm.bytes, (2,), 1e6)))) == pytest.approx(
+        cases.floor_ms(norm, "forward", 2, 790.0, 4300.0)
+    )
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("ViT-B/16", 35.1), ("ViT-L/16", 123), ("ViT-H/14", 335)])
+def test_flops_of_vits(name, gflop):
+    assert floors.vit_flops(224, **floors.VIT[name], classes=1000) / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "gflop"), [("SAM-B", 938), ("SAM-L", 2837), ("SAM-H", 5642)])
+def test_flops_of_sams_encoders(name, gflop):
+    assert floors.sam_encoder_flops(**floors.SAM[name]) / 1e9 == pytest.approx(gflop, rel=0.01)
+
+
+def test_flops_agree_with_a_count_of_the_running_model():
+    """A ViT as it runs: PyTorch's counter sees the same products."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = models.build("ViT-B/16", DRY)
+    for block in model.blocks:
+        block.attn.fused_attn = False  # written out, which is what the counter knows on every device
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 224, 224))
+    assert models.vit_gflop("ViT-B/16", 224, DRY) * 1e9 == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_inputs_rotate_beyond_the_cache():
-    small, large = cases.LayerNorm("small", 16, 64), cases.LayerNorm("large", 1 << 16, 1024)
+    small, large = problems.LayerNorm("small", 16, 64), problems.LayerNorm("large", 1 << 16, 1024)
     cache = 50 << 20
     assert cases.sets_beyond_cache(small, 2, cache) == 64  # capped
     assert cases.sets_beyond_cache(large, 2, cache) == 1
@@ -109,27 +182,54 @@ def test_inputs_rotate_beyond_the_cache():
     assert cases.sets_beyond_cache(middle, 2, cache) * middle.bytes("forward", 2) >= 2 * cache
 
 
+@pytest.mark.parametrize("case", ALL, ids=_name)
+def test_a_cpu_gets_the_same_case_with_less_of_it(case):
+    reduced = case.on_cpu()
+    assert reduced.work()[0] <= max(4 * problems.CPU_FLOPS, 1)
+    assert type(reduced) is type(case)
+    assert reduced.options.keys() == case.options.keys()
+    assert all(few <= many for few, many in zip(reduced.shape, case.shape, strict=True))
+
+
+def test_no_two_rows_are_the_same_measurement():
+    for device, dry in (("cuda", False), ("cpu", False), ("cpu", True)):
+        settings = Settings(device, CEILINGS, dry=dry)
+        keys = [results.key(task.row) for part in cases.ALL for task in operators.tasks(part, settings)]
+        assert len(keys) == len(set(keys))
+
+
 def test_a_part_run_alone_joins_the_file():
-    row = {"case": "a", "op": "linear", "pass": "forward", "dtype": "bf16", "ours_ms": 1.0}
+    row = {"case": "a", "op": "linear", "pass": "forward", "dtype": "bf16", "shape": [1], "ours_ms": 1.0}
     old = {"commit": "c", "rows": [row, row | {"case": "b"}]}
     new = {"commit": "c", "rows": [row | {"ours_ms": 2.0}]}
-    assert gpu.merge(old, new)["rows"] == [row | {"case": "b"}, row | {"ours_ms": 2.0}]
-    assert gpu.merge(old | {"commit": "other"}, new) == new
-    assert gpu.merge(None, new) == new
+    assert results.merge(old, new)["rows"] == [row | {"case": "b"}, row | {"ours_ms": 2.0}]
+    assert results.merge(old | {"commit": "other"}, new) == new
+    assert results.merge(None, new) == new
 
 
 def test_the_result_file_is_named_by_gpu_day_and_commit(tmp_path):
     about = {"gpu": "NVIDIA H200 141GB", "commit": "0123456789"}
-    path = gpu.result_path(tmp_path, about, datetime.date(2026, 1, 31))
+    path = results.path_of(tmp_path, about, datetime.date(2026, 1, 31))
     assert path == tmp_path / "nvidia-h200-141gb" / "2026-01-31-0123456.json"
+    assert results.path_of(tmp_path, about | {"gpu": "none"}, datetime.date(2026, 1, 31)).parent.name == "cpu"
 
 
 def test_losses_are_printed_first(capsys):
     base = {"op": "linear", "pass": "forward", "floor_ms": 0.5, "ours_ms": 1.0}
-    gpu.print_rows([base | {"case": "won", "peers": {"eager": 2.0}}, base | {"case": "lost", "peers": {"eager": 0.5}}])
+    show.print_rows([base | {"case": "won", "peers": {"eager": 2.0}}, base | {"case": "lost", "peers": {"eager": 0.5}}])
     printed = capsys.readouterr().out
     assert printed.index("lost") < printed.index("won")
     assert "0.50" in printed
+
+
+def test_test_parts_are_balanced_and_miss_nothing():
+    counts = {f"tests/test_{index}.py": 1 + index * index % 97 for index in range(40)}
+    groups = gpu.balanced(counts, 4)
+    assert sorted(name for group in groups for name in group) == sorted(counts)
+    sizes = [sum(counts[name] for name in group) for group in groups]
+    assert max(sizes) <= 1.1 * min(sizes)
+    listing = "tests/test_a.py::test_x[1]\ntests/test_a.py::test_x[a/b.py::c]\ntests/test_b.py::test_y\n\n3 tests collected"
+    assert gpu.count_tests(listing) == {"tests/test_a.py": 2, "tests/test_b.py": 1}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -147,7 +247,19 @@ def test_without_a_gpu_it_says_so_and_exits_2():
     assert "no GPU" in ran.stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path, capsys):
-    assert gpu.main(["--device", "cpu", "--part", "layer_norm", "--out", str(tmp_path)]) == 0
+@pytest.mark.parametrize("part", [part for part in suite.PARTS if part != "first_call"])
+def test_a_dry_run_of_every_part(part, tmp_path, capsys):
+    """The same code as on a GPU, and nothing is written."""
+    case = ["--case", "ViT-[BD]*" if part != "sam" else "SAM-B*"] if part not in ("image_attention", "rotary", "training") else []
+    assert gpu.main(["--dry-run", "--part", part, "--out", str(tmp_path), *case]) == 0
     assert list(tmp_path.iterdir()) == []
     assert "no measurements" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_first_calls():
+    (task,) = first_call.tasks(DRY)
+    task.measure(task.row, DRY)
+    assert task.row["ours_ms"] > 0
+    assert task.row["warm_cache_ms"] > 0
+    assert task.row["unavailable"] == {"compile": "not compiled in a dry run"}

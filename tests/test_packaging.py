@@ -38,8 +38,8 @@ def source(tmp_path_factory) -> Path:
     """A copy of what gets packaged: a build leaves files behind."""
     copy = tmp_path_factory.mktemp("source") / "fastvit"
     copy.mkdir()
-    for name in ("fastvit", "kernels"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("fastvit", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     return copy
@@ -57,9 +57,10 @@ IMPORTS = """
 import json, sys
 import fastvit, fastvit.functional
 from fastvit.kernels import _tuning
+from fastvit.benchmarks import suite
 import fastvit.cli, fastvit.checkpoints
 assert _tuning.table("sm_90")["ops"] and len(_tuning.targets()) >= 5, _tuning.targets()
-print(json.dumps([fastvit.__file__, _tuning.__file__]))
+print(json.dumps([fastvit.__file__, _tuning.__file__, suite.__file__]))
 """
 
 
@@ -79,7 +80,8 @@ def test_the_wheel_holds_what_the_checkout_holds_and_nothing_else(wheel):
         assert "fastvit = fastvit.cli:main" in archive.read(entry_points).decode()
     packaged = {name for name in names if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastvit").rglob("*.py")} | {"fastvit/py.typed"}
-    expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("*.py")}
+    for folder in ("kernels", "benchmarks"):
+        expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
     expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("tables/*.json")}
     assert packaged == expected
     assert any(name.endswith("LICENSE") for name in names)

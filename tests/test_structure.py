@@ -15,7 +15,7 @@ LAYERS = [
     {"models"},
     {"integrations"},
     {"acceleration", "verification", "reporting", "maps"},
-    {"checkpoints", "images", "loading", "pipelines", "demo"},
+    {"checkpoints", "images", "loading", "pipelines", "demo", "benchmarks"},
     {"cli", "web"},
     {"__main__"},
 ]

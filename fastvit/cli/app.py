@@ -7,6 +7,7 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from .bench import bench
 from .classify import classify
 from .demo import demo
 from .models import accelerate, verify
@@ -26,6 +27,7 @@ app.command(epilog="Example: `fastvit accelerate --dry-run timm/vit_base_patch16
 app.command(epilog="Example: `fastvit verify google/vit-base-patch16-224 --image photo.jpg`")(verify)
 app.command(epilog="Example: `fastvit classify photo.jpg --model timm/vit_base_patch16_224`")(classify)
 app.command(epilog="Example: `fastvit segment photo.jpg --checkpoint sam_vit_b_01ec64.pth --point 320,240 --out out`")(segment)
+app.command(epilog="Example: `fastvit bench --part attention --case 'SAM*' --out out/bench`")(bench)
 
 
 def run() -> None:

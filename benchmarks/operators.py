@@ -1,0 +1,154 @@
+"""One operator on one case: our result and every peer's checked against float64, then timed, in forward or in backward."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+import fastvit
+
+from . import cases, measure, peers, results
+from .problems import Problem
+from .settings import Settings, Task
+
+Function = Callable[..., Any]
+FORWARD_ONLY = "timed in forward only"
+CPU_PEERS = ("eager", "sdpa", "sdpa_dense_bias", "bias_folded", "segment_anything", "transformers_sdpa", "compile")
+
+
+def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def double(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
+    }
+
+
+def _leaves(inputs: dict[str, Tensor]) -> list[Tensor]:
+    return [tensor for tensor in inputs.values() if tensor.requires_grad]
+
+
+def evaluate(function: Function, inputs: dict[str, Tensor], upstream: tuple[Tensor, ...], direction: str) -> tuple[Tensor, ...]:
+    """What is checked: the outputs, or every gradient."""
+    if direction == "forward":
+        with torch.no_grad():
+            return outputs(function(**inputs))
+    return torch.autograd.grad(outputs(function(**inputs)), _leaves(inputs), upstream)
+
+
+def calls(function: Function, sets: list[dict[str, Tensor]], upstream: tuple[Tensor, ...], direction: str) -> list[Callable]:
+    """What is timed, once for every set of inputs. Backward is timed alone, on graphs recorded beforehand."""
+    if direction == "forward":
+
+        def forward(inputs):
+            with torch.no_grad():
+                return function(**inputs)
+
+        return [functools.partial(forward, inputs) for inputs in sets]
+    recorded = [(outputs(function(**inputs)), _leaves(inputs)) for inputs in sets]
+    return [functools.partial(torch.autograd.grad, outs, leaves, upstream, retain_graph=True) for outs, leaves in recorded]
+
+
+def subject(case: Problem, settings: Settings) -> Any:
+    """The case as the device takes it."""
+    kind: Any = case
+    return kind.small() if settings.dry else kind.on_cpu() if settings.device == "cpu" else kind
+
+
+def tasks(part: str, settings: Settings) -> Iterator[Task]:
+    """Forward and backward of every case of the part, at most one row for one shape; on a CPU forward alone."""
+    seen = set()
+    for case in cases.ALL[part]:
+        sized = subject(case, settings)
+        for direction in ("forward",) if settings.device == "cpu" and not settings.dry else ("forward", "backward"):
+            row = results.new_row(case.name, case.op, direction, settings.dtype, sized.shape)
+            if results.key(row) not in seen:
+                seen.add(results.key(row))
+                yield Task(row, functools.partial(run_case, sized))
+
+
+def _why_not(name: str, peer: peers.Peer, direction: str, settings: Settings) -> str | None:
+    if settings.device == "cpu" and not settings.dry and name not in CPU_PEERS:
+        return "not run on a CPU"
+    if peer.mode is None:
+        return None
+    if peer.mode.startswith("max-autotune") and direction == "backward":
+        return FORWARD_ONLY
+    return settings.why_not_compiled()
+
+
+def run_case(case: Any, row: results.Row, settings: Settings) -> None:
+    """Fills the row. Whatever goes wrong is in it: a wrong kernel gets an ``error`` and no time."""
+    device, direction, dtype = settings.device, row["pass"], cases.DTYPES[row["dtype"]]
+    element = torch.empty(0, dtype=dtype).element_size()
+    row |= {"gflop": case.flops(direction) / 1e9, "mbyte": case.bytes(direction, element) / 1e6}
+    row["floor_ms"] = settings.floor_ms(row["gflop"], row["mbyte"])
+    torch._functorch.config.donated_buffer = False  # backward is timed alone, on one recorded graph
+    torch.manual_seed(0)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+    sets = [case.inputs(dtype, device, direction != "forward") for _ in range(cases.sets_beyond_cache(case, element, cache))]
+    ours, exact_function, competing = peers.contestants(case)
+    with torch.no_grad():
+        upstream = tuple(torch.randn_like(out) for out in outputs(exact_function(**sets[0])))
+    exact = [t.cpu() for t in evaluate(exact_function, double(sets[0]), tuple(u.double() for u in upstream), direction)]
+    waiting: dict[str, list[Callable]] = {}  # on a CPU: what is timed in turns, at the end
+
+    def admit(name: str, function: Function) -> tuple[float, measure.Timing | None]:
+        """Checks; on a GPU times too."""
+        error = measure.check(name, [t.cpu() for t in evaluate(function, sets[0], upstream, direction)], exact, dtype)
+        timed = calls(function, sets, upstream, direction)
+        if device == "cpu":
+            waiting[name] = timed
+            return error, None
+        # A backward pass runs on the stream its forward was recorded on, which a graph of its own cannot capture.
+        return error, measure.measure(timed, settings.budget_s(0.2), graphs=direction == "forward")
+
+    try:
+        with fastvit.use_backend("auto"):  # what a user gets, dispatch included
+            row["max_error"], timing = admit("fastvit", ours)
+        if timing:
+            row |= {"ours_ms": timing.ms, "ours_spread": timing.spread, "peak_mb": timing.peak_mb}
+            with fastvit.use_backend("triton"):  # the kernel alone
+                _, kernel = admit("kernel", ours)
+                row["kernel_ms"] = kernel.ms if kernel else None
+    except Exception as error:  # a failing kernel is a result too
+        row |= {"error": results.describe(error), "ours_ms": None}
+    for name, peer in competing.items():
+        reason = _why_not(name, peer, direction, settings)
+        if reason is None:
+            try:
+                function = peer.build()
+                _, timing = admit(name, function if peer.mode is None else peers.compiled(function, peer.mode))
+                if timing:
+                    row["peers"][name], row["peers_peak_mb"][name] = timing.ms, timing.peak_mb
+            except Exception as error:  # whatever a peer throws, it does not serve this case
+                reason = results.describe(error)
+        if reason is not None:
+            row["unavailable"][name] = reason
+    if waiting:
+        with fastvit.use_backend("auto"):
+            _time_in_turns(row, {name: timed[0] for name, timed in waiting.items()}, settings)
+
+
+def _time_in_turns(row: results.Row, contestants: dict[str, Callable], settings: Settings) -> None:
+    """CPU: medians of interleaved calls, their ratios round by round, CPU time and the memory that a call adds."""
+    for call in contestants.values() if not settings.dry else ():
+        call()
+    timings = measure.interleaved(contestants, settings.budget_s(1.0))
+    peaks = {name: None if settings.dry else measure.resident_peak_mb(call) for name, call in contestants.items()}
+    mine = timings.pop("fastvit", None)
+    row["peers"] = {name: timing.ms for name, timing in timings.items()}
+    row["peers_cpu_ms"] = {name: timing.cpu_ms for name, timing in timings.items()}
+    row["peers_peak_mb"] = {name: peaks[name] for name in timings}
+    if mine is None:
+        return
+    row |= {"ours_ms": mine.ms, "ours_spread": mine.spread, "ours_cpu_ms": mine.cpu_ms, "peak_mb": peaks["fastvit"]}
+    best = results.fastest_peer(row)
+    if best:
+        row |= measure.paired(timings[best], mine)

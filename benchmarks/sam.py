@@ -1,0 +1,232 @@
+"""SAM's image encoder in bf16 on a GPU: ``fastvit.models``' and the accelerated original, against what others make of it.
+
+Peers, all with the same random weights: segment_anything's encoder and transformers' SDPA mode, eager and compiled with
+max-autotune; segment_anything's with the relative positions folded into channels, or as FlexAttention's score_mod (``ways``).
+Another row encodes one image and decodes one point, the decoder in float32.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvit
+from fastvit._torchvision import ensure_importable
+
+from . import contest, floors, image_peers, peers, results
+from .settings import Settings, Task
+from .ways import WAYS
+
+SIZES: dict[str, dict[str, Any]] = {
+    "SAM-B": {"dim": 768, "depth": 12, "heads": 12, "globals": (2, 5, 8, 11)},
+    "SAM-L": {"dim": 1024, "depth": 24, "heads": 16, "globals": (5, 11, 17, 23)},
+    "SAM-H": {"dim": 1280, "depth": 32, "heads": 16, "globals": (7, 15, 23, 31)},
+}
+FULL = {"image": 1024, "window": 14, "prompt_dim": 256}
+DRY = {"image": 128, "window": 3, "prompt_dim": 32, "dim": 32, "depth": 2, "heads": 2, "globals": (1,)}
+PATCH = 16
+
+
+def sizes_of(name: str, settings: Settings) -> dict[str, Any]:
+    return FULL | SIZES[name] | (DRY if settings.dry else {})
+
+
+def original(sizes: dict[str, Any]) -> nn.Module:
+    """segment_anything's Sam, its relative and absolute positions random too."""
+    ensure_importable()
+    from segment_anything import modeling
+
+    torch.manual_seed(0)
+    grid, image, prompt_dim = sizes["image"] // PATCH, sizes["image"], sizes["prompt_dim"]
+    encoder = modeling.ImageEncoderViT(
+        img_size=image,
+        patch_size=PATCH,
+        embed_dim=sizes["dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+        norm_layer=functools.partial(nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        global_attn_indexes=sizes["globals"],
+        window_size=sizes["window"],
+        out_chans=prompt_dim,
+    )
+    transformer = modeling.TwoWayTransformer(depth=2, embedding_dim=prompt_dim, num_heads=8, mlp_dim=2048)
+    sam = modeling.Sam(
+        encoder,
+        modeling.PromptEncoder(prompt_dim, (grid, grid), (image, image), mask_in_chans=16),
+        modeling.MaskDecoder(transformer_dim=prompt_dim, transformer=transformer),
+    )
+    for name, parameter in encoder.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return sam.eval().requires_grad_(False)
+
+
+def own(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
+    """fastvit's Sam with the weights of segment_anything's."""
+    from fastvit.models import sam
+
+    model = sam.build_sam(
+        image_size=sizes["image"],
+        patch_size=PATCH,
+        dim=sizes["dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+        global_attention=sizes["globals"],
+        window_size=sizes["window"],
+        prompt_dim=sizes["prompt_dim"],
+    )
+    model.load_state_dict(like.state_dict())
+    return model.requires_grad_(False)
+
+
+def transformers_encoder(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
+    """transformers' encoder in its SDPA mode with the weights of segment_anything's encoder; gives the embeddings alone."""
+    ensure_importable()
+    from transformers import SamVisionConfig, SamVisionModel
+
+    config = SamVisionConfig(
+        image_size=sizes["image"],
+        patch_size=PATCH,
+        hidden_size=sizes["dim"],
+        num_hidden_layers=sizes["depth"],
+        num_attention_heads=sizes["heads"],
+        global_attn_indexes=list(sizes["globals"]),
+        window_size=sizes["window"],
+        output_channels=sizes["prompt_dim"],
+        attn_implementation="sdpa",
+    )
+    names = {
+        "blocks.": "layers.",
+        "norm1.": "layer_norm1.",
+        "norm2.": "layer_norm2.",
+        "patch_embed.proj": "patch_embed.projection",
+    }
+    necks = {"neck.0": "neck.conv1", "neck.1": "neck.layer_norm1", "neck.2": "neck.conv2", "neck.3": "neck.layer_norm2"}
+    state = {}
+    for name, tensor in like.state_dict().items():
+        for old, new in (names | necks).items():
+            name = name.replace(old, new)
+        state[f"vision_encoder.{name}"] = tensor
+    model = SamVisionModel(config)
+    model.load_state_dict(state)
+    return Embeddings(model.eval().requires_grad_(False))
+
+
+class Embeddings(nn.Module):
+    """transformers' vision model, without its output class."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.model(images, return_dict=False)[0]
+
+
+class OtherAttention(nn.Module):
+    """segment_anything's attention, its scores and bias computed in another of ``ways``."""
+
+    def __init__(self, attention: Any, way: Callable):
+        super().__init__()
+        self.attention, self.way = attention, way
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.attention
+        return own.proj(image_peers.attend(self.way, own.qkv(x), own.num_heads, own.rel_pos_h, own.rel_pos_w))
+
+
+def by_way(encoder: nn.Module, way: Callable) -> nn.Module:
+    """The encoder, all its attention in that way."""
+    model: Any = contest.twin(encoder)
+    for block in model.blocks:
+        block.attn = OtherAttention(block.attn, way)
+    return model
+
+
+def encode_and_decode(sam: Any, encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Low-resolution masks (B=1, 3, h, w) of one point; the encoder in the images' dtype, the rest in float32."""
+
+    def run(images: Tensor) -> Tensor:
+        side = images.shape[-1]
+        point = torch.full((1, 1, 2), side / 2, device=images.device)
+        label = torch.ones(1, 1, dtype=torch.int, device=images.device)
+        sparse, dense = sam.prompt_encoder(points=(point, label), boxes=None, masks=None)
+        masks, _ = sam.mask_decoder(
+            image_embeddings=encode(images).float(),
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+        return masks
+
+    return run
+
+
+def tasks(settings: Settings) -> Iterator[Task]:
+    for name in SIZES:
+        image = sizes_of(name, settings)["image"]
+        for batch in (1, 2 if settings.dry else 8):
+            row = results.new_row(f"{name} encoder, batch {batch}", "sam", "forward", settings.dtype, [batch, 3, image, image])
+            yield Task(row, functools.partial(run_encoder, name))
+        row = results.new_row(f"{name} encode + 1 point", "sam", "forward", settings.dtype, [1, 3, image, image])
+        yield Task(row, functools.partial(run_prompt, name))
+
+
+def gflop(name: str, settings: Settings) -> float:
+    sizes = sizes_of(name, settings)
+    counted = {"dim": sizes["dim"], "depth": sizes["depth"], "globals_": len(sizes["globals"]), "window": sizes["window"]}
+    return floors.sam_encoder_flops(**counted, side=sizes["image"] // PATCH, out=sizes["prompt_dim"]) / 1e9
+
+
+def _begin(name: str, row: results.Row, settings: Settings) -> tuple[Any, Any, Tensor]:
+    row["gflop"] = row["shape"][0] * gflop(name, settings)
+    row["floor_ms"] = settings.floor_ms(row["gflop"])
+    sizes = sizes_of(name, settings)
+    theirs = original(sizes)
+    mine = own(sizes, theirs).to(settings.device)
+    return theirs.to(settings.device), mine, torch.randn(row["shape"], device=settings.device)
+
+
+def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
+    theirs, mine, x = _begin(name, row, settings)
+    exact = torch.cat([contest.inference(theirs.image_encoder, image)() for image in x.split(1)]).cpu()
+    hf = transformers_encoder(sizes_of(name, settings), theirs.image_encoder).to(settings.device, torch.bfloat16)
+    encoder, mine, x = theirs.image_encoder.to(torch.bfloat16), mine.image_encoder.to(torch.bfloat16), x.to(torch.bfloat16)
+    accelerated = fastvit.accelerate(contest.twin(encoder))
+    calls = {"segment_anything": encoder, "transformers_sdpa": hf}
+    others: dict[str, Callable] = {}
+    for peer, model in calls.items():
+        call = contest.inference(model, x)
+        others[peer] = lambda call=call: call
+        others[f"{peer}_compile_max_autotune"] = lambda call=call: peers.compiled(call, "max-autotune-no-cudagraphs")
+    for way in ("bias_folded", "bias_folded_flash"):
+        others[way] = lambda way=way: contest.inference(by_way(encoder, WAYS[way]), x)
+    others["flex_compile"] = lambda: peers.compiled(contest.inference(by_way(encoder, WAYS["flex"]), x))
+    ours = contest.variants("fastvit", contest.inference(mine, x), small=len(x) == 1)
+    ours["accelerated"] = lambda: contest.inference(accelerated, x)
+    contest.run(row, settings, exact, others, ours)
+
+
+def run_prompt(name: str, row: results.Row, settings: Settings) -> None:
+    theirs, mine, x = _begin(name, row, settings)
+    exact = contest.inference(encode_and_decode(theirs, theirs.image_encoder), x)().cpu()
+    for sam in (theirs, mine):
+        sam.image_encoder.to(torch.bfloat16)
+    x = x.to(torch.bfloat16)
+    row["floor_ms"] = settings.floor_ms(row["gflop"])  # the encoder's: the decoder's FLOPs are of no account beside it
+    whole = contest.inference(encode_and_decode(theirs, theirs.image_encoder), x)
+    others = {
+        "segment_anything": lambda: whole,
+        "segment_anything_compile_max_autotune": lambda: contest.inference(
+            encode_and_decode(theirs, peers.compiled(theirs.image_encoder, "max-autotune-no-cudagraphs")), x
+        ),
+    }
+    ours = {
+        "fastvit": lambda: contest.inference(encode_and_decode(mine, mine.image_encoder), x),
+        "fastvit_compile": lambda: contest.inference(encode_and_decode(mine, peers.compiled(mine.image_encoder)), x),
+    }
+    contest.run(row, settings, exact, others, ours)

@@ -1,0 +1,47 @@
+"""How a run measures: where, how long, and whether it only walks through the code."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from .results import NO_TIME, Row
+
+
+@dataclass
+class Settings:
+    """``dry``: tiny shapes, one call each, nothing compiled. ``quick``: fewer repetitions, nothing compiled.
+    ``late()``: compiling would cost rows. ``ceilings``: ``copy_gb_s`` and ``gemm_tflop_s`` of the device."""
+
+    device: str
+    ceilings: dict[str, float]
+    dry: bool = False
+    quick: bool = False
+    late: Callable[[], bool] = lambda: False
+
+    @property
+    def dtype(self) -> str:
+        """bf16 on a GPU; on a CPU float32, and bf16 in a dry run, which walks a GPU's way."""
+        return "fp32" if self.device == "cpu" and not self.dry else "bf16"
+
+    def budget_s(self, full: float) -> float:
+        """Seconds to time for."""
+        return 0.0 if self.dry else full / 4 if self.quick else full
+
+    def why_not_compiled(self) -> str | None:
+        if self.dry:
+            return "not compiled in a dry run"
+        if self.quick:
+            return "not compiled in a quick run"
+        return NO_TIME if self.late() else None
+
+    def floor_ms(self, gflop: float, mbyte: float = 0.0) -> float:
+        return max(gflop / self.ceilings["gemm_tflop_s"], mbyte / self.ceilings["copy_gb_s"])
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to measure: ``row`` as it is before, ``measure(row, settings)`` fills it."""
+
+    row: Row
+    measure: Callable[[Row, Settings], None] = field(compare=False)
+    context: dict[str, Any] = field(default_factory=dict, compare=False)

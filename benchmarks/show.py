@@ -1,0 +1,141 @@
+"""Results as text: a table for the terminal, losses first, and a Markdown page that a stranger can read."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from . import results
+from .results import Result, Row
+
+WHOLE = ("model", "sam", "training")
+
+
+def duration(ms: float | None) -> str:
+    """Three digits, in s, ms or µs."""
+    if ms is None:
+        return "–"
+    value, unit = (ms / 1e3, "s") if ms >= 1e3 else (ms, "ms") if ms >= 1 else (ms * 1e3, "µs")
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+
+
+def memory(mib: float | None) -> str:
+    return "–" if mib is None else f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
+
+
+def by_ratio(rows: Iterable[Row]) -> list[Row]:
+    """Losses first; what failed before them, what has no peer last."""
+    return sorted(rows, key=lambda row: -1.0 if row.get("error") else results.ratio(row) or float("inf"))
+
+
+def print_rows(rows: list[Row]) -> None:
+    """A table, losses first."""
+    print(f"{'case':40} {'op':16} {'pass':10} {'ours ms':>10} {'peer ms':>10} {'ratio':>6} {'of floor':>8}  fastest peer")
+    for row in by_ratio(rows):
+        name = f"{row['case'][:40]:40} {row['op']:16} {row['pass']:10}"
+        if row.get("error"):
+            print(f"{name} {row['error']}")
+            continue
+        best = results.fastest_peer(row)
+        peer = f"{row['peers'][best]:10.4f} {results.ratio(row):6.2f}" if best else f"{'-':>10} {'-':>6}"
+        floor = f"{row['floor_ms'] / row['ours_ms']:8.0%}" if row["floor_ms"] else f"{'-':>8}"
+        print(f"{name} {row['ours_ms']:10.4f} {peer} {floor}  {best or 'none'}")
+
+
+def machine(result: Result) -> str:
+    """One sentence on what was measured where, of which commit and when."""
+    versions = result["versions"]
+    where = result["gpu"] if result.get("gpu", "none") != "none" else f"{result['threads']} threads of an {result['cpu']}"
+    libraries = ", ".join(
+        f"{name} {versions[name]}" for name in ("triton", "timm", "transformers", "onnxruntime") if name in versions
+    )
+    ceilings = ""
+    if result.get("gemm_tflop_s"):
+        ceilings = (
+            f"; a large copy reaches {result['copy_gb_s']:.0f} GB/s, a large matrix product {result['gemm_tflop_s']:.3g} TFLOP/s"
+        )
+    extra = f", {libraries}" if libraries else ""
+    return f"{where}, PyTorch {versions['torch']}{extra}; commit {result['commit'][:7]}, {result['date'][:10]}{ceilings}."
+
+
+def quartiles(row: Row) -> str:
+    low, high = row.get("ratio_quartiles") or (None, None)
+    return "" if low is None else f" ({low:.2f}–{high:.2f})"
+
+
+def _cells(row: Row) -> list[str]:
+    shape = "×".join(map(str, row["shape"]))
+    label = [row["case"], row["pass"], shape]
+    if row.get("error"):
+        return [*label, "**failed**", "", "", "", ""]
+    found, best = results.ratio(row), results.fastest_peer(row)
+    against = "none" if best is None else f"{best}, {duration(row['peers'][best])}"
+    speed = "–" if found is None else f"{found:.2f}{quartiles(row)}"
+    floor = f"{row['floor_ms'] / row['ours_ms']:.0%}" if row["floor_ms"] else "–"
+    theirs = row["peers_peak_mb"].get(best)
+    peak = f"{memory(theirs)} → {memory(row['peak_mb'])}"
+    return [*label, against, duration(row["ours_ms"]), speed, floor, peak]
+
+
+def table(rows: Iterable[Row]) -> list[str]:
+    """Lines of a Markdown table, losses first."""
+    head = ["case", "pass", "shape", "fastest peer", "fastvit", "times as fast", "of the floor", "peak memory"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(_cells(row)) + " |" for row in by_ratio(rows)]
+
+
+def model_table(rows: Iterable[Row]) -> list[str]:
+    """Whole models: a column for every contestant that was timed in any row; memory against the first of them."""
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    head = ["model", *names, "fastvit", "times as fast (quartiles)", "peak memory"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        if row.get("error"):
+            lines.append(f"| {row['case']} |" + " |" * len(names) + f" **failed**: {row['error']} | | |")
+            continue
+        found, best = results.ratio(row), results.fastest_peer(row)
+        cells = [row["case"], *[duration(row["peers"].get(name)) for name in names], duration(row["ours_ms"])]
+        cells += [f"{found:.2f}{quartiles(row)}" if found else "–"]
+        cells += [f"{memory(row['peers_peak_mb'].get(best))} → {memory(row['peak_mb'])}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(result: Result, pictures: Iterable[str] = ()) -> str:
+    """The whole result as Markdown."""
+    rows = result["rows"]
+    lost = [row for row in rows if (results.ratio(row) or 1.0) < 1.0]
+    failed = [row for row in rows if row.get("error")]
+    lines = [
+        "# fastvit's benchmarks",
+        "",
+        machine(result),
+        "",
+        "Every result was checked against a reference before it was timed: a wrong one gets an error and no time.",
+        "*Times as fast*: the fastest peer that computes the same, over fastvit, so above 1 fastvit is faster; in brackets the",
+        "quartiles of paired runs. *Of the floor*: the time that arithmetic and bytes cannot do without, at the two rates above,",
+        "over fastvit's. *Peak memory*: what a call adds, that peer's → fastvit's.",
+        "",
+        f"{len(rows)} measurements; fastvit is slower in {len(lost)}, failed in {len(failed)}.",
+        "",
+    ]
+    if result.get("quick"):
+        lines += ["**A quick run: few repetitions, nothing compiled.**", ""]
+    lines += [f"![{name}]({name})" for name in pictures]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        chosen = [row for row in rows if row["op"] == op]
+        firsts = [row for row in chosen if row["pass"] == "first_call"]
+        timed = [row for row in chosen if row["pass"] != "first_call"]
+        if timed:
+            lines += ["", f"## {op}", "", *(model_table(timed) if op in WHOLE else table(timed))]
+        if firsts:
+            lines += ["", f"## {op}: first call", "", *_first_calls(firsts)]
+    errors = [f"- {results.name_of(row)}: {row['error']}" for row in failed]
+    return "\n".join([*lines, *(["", "## Failed", "", *errors] if errors else []), ""])
+
+
+def _first_calls(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| case | cold caches | warm caches | second call | torch.compile, cold |", "|---|---|---|---|---|"]
+    for row in rows:
+        times = [row["ours_ms"], row.get("warm_cache_ms"), row.get("second_call_ms"), row["peers"].get("compile")]
+        lines.append(f"| {row['case']} | " + " | ".join(map(duration, times)) + " |")
+    return lines

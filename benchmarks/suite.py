@@ -1,0 +1,146 @@
+"""A run of the benchmarks: parts, one row after another, against a deadline, each row saved as it comes.
+
+A part is what its name says of ``PARTS``. Rows that a file of the same day and commit has already are not measured again,
+unless something in them failed or was left out for want of time. After the deadline nothing more is begun; from a share of a
+part's time on nothing is compiled, and the rows say so.
+"""
+
+import datetime
+import fnmatch
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import cases, cpu_models, first_call, measure, models, operators, results, sam, training
+from .settings import Settings, Task
+
+OPERATORS = tuple(cases.ALL)
+WHOLE = ("models", "sam", "training", "first_call")
+PARTS = (*OPERATORS, *WHOLE)
+CPU_PARTS = ("models", *OPERATORS)
+COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out
+CPU_MODELS_SHARE = 0.6  # of the whole time on a CPU goes to whole models
+
+
+def tasks(part: str, settings: Settings) -> Iterator[Task]:
+    """The rows of a part. Raises ``ValueError`` for one that the device does not have."""
+    if part in cases.ALL:
+        return operators.tasks(part, settings)
+    if settings.device == "cpu" and not settings.dry:
+        if part != "models":
+            raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join(CPU_PARTS)}")
+        return cpu_models.tasks(settings)
+    return {"models": models, "sam": sam, "training": training, "first_call": first_call}[part].tasks(settings)
+
+
+def ceilings_of(device: str, dry: bool = False, quick: bool = False) -> dict[str, float]:
+    """The two rates everything is held against: a large copy (bytes read plus written) and a large matrix product.
+
+    bf16 on a GPU, float32 on a CPU.
+    """
+    size, side = (1 << 30, 8192) if device == "cuda" else (1 << 20, 64) if dry else (1 << 26, 1024) if quick else (1 << 28, 2048)
+    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16 if device == "cuda" else torch.float32, device=device) for _ in range(2))
+    calls = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
+    if device == "cuda":
+        timings = {name: measure.measure([call]) for name, call in calls.items()}
+    else:
+        timings = measure.interleaved(calls, 0.0 if dry else 0.2 if quick else 2.0)
+    return {"copy_gb_s": 2 * size / timings["copy"].ms / 1e6, "gemm_tflop_s": 2 * side**3 / timings["product"].ms / 1e9}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What to run: ``case`` a glob on case names; ``dry`` walks through with tiny shapes and writes nothing."""
+
+    device: str
+    parts: tuple[str, ...]
+    out: Path
+    case: str = "*"
+    deadline_s: float = 440.0
+    dry: bool = False
+    quick: bool = False
+
+    def matches(self, row: results.Row) -> bool:
+        return fnmatch.fnmatch(row["case"].lower(), self.case.lower())
+
+
+class Broken(Exception):
+    """A kernel has left the device unusable for this process."""
+
+
+def _fill(task: Task, settings: Settings) -> results.Row:
+    """The row; whatever is raised around its measurement is in it."""
+    row = task.row
+    try:
+        task.measure(row, settings)
+    except Exception as error:
+        row |= {"error": results.describe(error), "ours_ms": None}
+    return row
+
+
+def _is_sticky(row: results.Row) -> bool:
+    return any(word in row.get("error", "") for word in ("CUDA error", "AcceleratorError", "HIP error"))
+
+
+def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, Path | None]:
+    """(the result file's content, the file): ``say`` is told of every row. Nothing is written in a dry run.
+
+    Raises ``ValueError`` for a part or case that there is none of, and for a file in the way that is no result.
+    """
+    begun = time.monotonic()
+    about = results.environment(job.device)
+    path = None if job.dry else results.path_of(job.out, about, datetime.date.today(), job.quick)
+    older = results.read(path) if path is not None and path.exists() else None
+    if older is not None and older["commit"] != about["commit"]:
+        older = None
+    base = Settings(job.device, {}, dry=job.dry, quick=job.quick)
+    planned = {part: [task for task in tasks(part, base) if job.matches(task.row)] for part in job.parts}
+    if not any(planned.values()):
+        raise ValueError(f"case {job.case!r} is the name of none in the parts {', '.join(job.parts)}")
+    ceilings = ceilings_of(job.device, job.dry, job.quick)
+    result = about | ceilings | {"quick": job.quick, "rows": [], "not_begun": []}
+    done = {results.key(row) for row in older["rows"] if results.is_complete(row)} if older else set()
+    try:
+        for index, part in enumerate(planned):
+            left = job.deadline_s - (time.monotonic() - begun)
+            share = left / (len(planned) - index)
+            if job.device == "cpu" and part == "models" and len(planned) > 1:
+                share = left * CPU_MODELS_SHARE
+            ends = time.monotonic() + COMPILING_SHARE * max(share, 0)
+            settings = replace(base, ceilings=ceilings, late=functools.partial(lambda at: time.monotonic() > at, ends))
+            for task in planned[part]:
+                if results.key(task.row) in done:
+                    continue
+                if time.monotonic() - begun > job.deadline_s:
+                    result["not_begun"].append(results.name_of(task.row))
+                    continue
+                row = _fill(task, settings)
+                result["rows"].append(row)
+                say(progress(row))
+                if path is not None:
+                    results.write(path, results.merge(older, result))
+                if _is_sticky(row):
+                    raise Broken(f"{results.name_of(row)}: {row['error']}")
+                if job.device == "cuda":
+                    torch.cuda.empty_cache()
+    except Broken as error:
+        print(f"benchmarks: the device is unusable after {error}; stopped there", file=sys.stderr)
+    if result["not_begun"]:
+        print(f"benchmarks: no time left for {len(result['not_begun'])} rows; run it again to go on", file=sys.stderr)
+    return results.merge(older, result), path
+
+
+def progress(row: results.Row) -> str:
+    """One line of a row that was just measured."""
+    if row.get("error"):
+        return f"{results.name_of(row)}: {row['error']}"
+    found = results.ratio(row)
+    against = f", {found:.2f} times as fast as {results.fastest_peer(row)}" if found else ""
+    return f"{results.name_of(row)}: {row['ours_ms']:.4g} ms{against}"

@@ -1,0 +1,118 @@
+"""The tables in README.md and docs/, made from the newest result files; everything between two markers is replaced.
+
+    python -m benchmarks.tables            # writes them
+    python -m benchmarks.tables --check    # exits with 1, naming the files, where they do not agree
+
+Markers: ``<!-- table: NAME -->`` and ``<!-- end of table -->``, NAME one of ``TABLES``.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from . import results, show
+from .results import Result
+
+ROOT = results.ROOT
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/benchmarks.md")
+MARKED = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+UNMEASURED = (
+    "The kernels have **not been measured on a GPU yet**: they are compiled for sm_80, sm_90, sm_100, sm_120 and gfx942 and",
+    "their machine code is inspected on every test run ([what was found, and what is predicted]({docs}performance.md)).",
+    "`make gpu` measures them where there is a GPU.",
+)
+
+
+def newest(folder: Path, has_models: bool | None = None) -> tuple[Path, Result] | None:
+    """The result file in the folder that was made last; with or without whole models among its rows, where that is asked."""
+    found = [(path, results.read(path)) for path in sorted(folder.glob("[0-9]*.json")) if not path.stem.endswith("-quick")]
+    if has_models is not None:
+        found = [(p, r) for p, r in found if any((row["op"] in show.WHOLE) == has_models for row in r["rows"])]
+    return max(found, key=lambda pair: pair[1]["date"], default=None)
+
+
+def _caption(path: Path, result: Result, docs: bool) -> str:
+    link = f"{'../' if docs else ''}{path.relative_to(ROOT)}"
+    rounds = sorted({row["rounds"] for row in result["rows"] if row.get("rounds")})
+    turns = f" of {'–'.join(map(str, sorted({rounds[0], rounds[-1]})))} runs in turns" if rounds else ""
+    return f"Medians{turns}; {show.machine(result)} [File]({link})."
+
+
+def cpu_models(docs: bool) -> list[str]:
+    found = newest(RESULTS / "cpu", has_models=True)
+    if found is None:
+        return ["Not measured."]
+    path, result = found
+    rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
+    return [*show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs)]
+
+
+def cpu_operators(docs: bool) -> list[str]:
+    found = newest(RESULTS / "cpu", has_models=False)
+    return ["Not measured."] if found is None else _operators(*found, docs)
+
+
+def _operators(path: Path, result: Result, docs: bool) -> list[str]:
+    rows = [row for row in result["rows"] if row["op"] not in show.WHOLE and row["pass"] != "first_call"]
+    lines: list[str] = []
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines += [f"### {op}", "", *show.table(row for row in rows if row["op"] == op), ""]
+    return [*lines, _caption(path, {**result, "rows": rows}, docs)]
+
+
+def gpu(docs: bool) -> list[str]:
+    """Every GPU there are results of: whole models, and in docs/ the operators too."""
+    lines: list[str] = []
+    for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu"):
+        found = newest(folder)
+        if found is None:
+            continue
+        path, result = found
+        rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
+        lines += [f"**{result['gpu']}**", "", *show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs), ""]
+        lines += _operators(path, result, docs) if docs else []
+    return lines or [line.format(docs="" if docs else "docs/") for line in UNMEASURED]
+
+
+TABLES: dict[str, Callable[[bool], list[str]]] = {"cpu models": cpu_models, "cpu operators": cpu_operators, "gpu": gpu}
+
+
+def filled(text: str, docs: bool) -> str:
+    """The page with its tables made anew. Raises ``ValueError`` for a marker of no table."""
+
+    def fill(match: re.Match) -> str:
+        if match["name"] not in TABLES:
+            raise ValueError(f"there is no table {match['name']!r}; expected one of {', '.join(TABLES)}")
+        return match[1] + "\n".join(["", *TABLES[match["name"]](docs), ""]) + "\n" + match[3]
+
+    return MARKED.sub(fill, text)
+
+
+def stale() -> list[tuple[Path, str]]:
+    """(page, what it should say) of every page that does not agree with the result files."""
+    found = []
+    for name in PAGES:
+        path = ROOT / name
+        expected = filled(path.read_text(), docs=name.startswith("docs/"))
+        if path.read_text() != expected:
+            found.append((path, expected))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], prog="python -m benchmarks.tables")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not up to date")
+    check = parser.parse_args().check
+    pages = stale()
+    for path, text in pages:
+        if not check:
+            path.write_text(text)
+        print(f"{'not up to date' if check else 'written'}: {path.relative_to(ROOT)}", file=sys.stderr if check else sys.stdout)
+    return 1 if check and pages else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
