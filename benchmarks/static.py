@@ -36,6 +36,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvit.ops import attention as attention_op
+from fastvit.ops import fp8 as fp8_op
 from fastvit.ops import glu as glu_op
 from fastvit.ops import image_attention as image_attention_op
 from fastvit.ops import layer_norm as layer_norm_op
@@ -132,6 +133,20 @@ def _mlp_training(rows: int, dtype: torch.dtype = HALF) -> None:
     linear_op.mlp_backward(out, x, fc1, fc2, pre, "gelu", True, True, [True] * 5)
 
 
+def _fp8(rows: int, channels: int) -> None:
+    """What a block does in FP8: norm1 and qkv, norm2, fc1 and fc2."""
+    x, parameter = _meta(rows, channels), _meta(channels)
+    qkv, fc1, fc2 = (
+        fp8_op.Fp8Weight(_meta(n, k, dtype=fp8_op.E4M3), _meta(n, dtype=SINGLE), _meta(n, dtype=SINGLE))
+        for n, k in ((3 * channels, channels), (4 * channels, channels), (channels, 4 * channels))
+    )
+    values, scale, _ = fp8_op.fp8_quantize(x, None, None, True, parameter, parameter, 1e-6)
+    fp8_op.fp8_linear(values, scale, *qkv, None, None, HALF)
+    values, scale, total = fp8_op.fp8_quantize(x, x, parameter, True, parameter, parameter, 1e-6)
+    hidden, scale = fp8_op.fp8_linear_quantized(values, scale, *fc1, "gelu")
+    fp8_op.fp8_linear(hidden, scale, *fc2, None, total, HALF)
+
+
 def _glu(channels: int, dtype: torch.dtype = HALF, activation: str = "silu") -> None:
     """Gate and value as the halves of one packed tensor."""
     gate, value = _meta(8, 197, 2 * channels, dtype=dtype).chunk(2, dim=-1)
@@ -213,6 +228,12 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
 
+    if "linear_fp8" in table(target)["ops"]:
+        for rows in _bounds(target, "rows", ("linear_fp8", "linear_fp8_quantized"), 16384):
+            yield f"block fp8 M={rows}", partial(_fp8, rows, 1024)
+        for channels in _bounds(target, "channels", ("quantize",), 16384):
+            yield f"block fp8 C={channels}", partial(_fp8, 16384, channels)
+
     for activation in ("silu", "gelu", "sigmoid"):
         yield f"glu bf16 C=2048 {activation}", partial(_glu, 2048, HALF, activation)
     yield "glu fp32 C=2048 gelu", partial(_glu, 2048, SINGLE, "gelu")
@@ -275,6 +296,7 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.bool: "i1",
     torch.uint8: "u8",
     torch.int32: "i32",
@@ -362,7 +384,7 @@ def _read_nvidia(report: Report, cubin: bytes, target: str, warps: int) -> None:
 
     report.instructions = opcodes.total()
     report.spills = count("LDL", "STL")
-    report.tensor_core = {name: count(name) for name in ("HGMMA", "HMMA", "UTCHMMA") if count(name)}
+    report.tensor_core = {name: count(name) for name in ("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "QMMA", "UTCQMMA") if count(name)}
     report.loads = count("LDG", "LDGSTS", "UTMALDG")
     report.wide_loads = count("LDG", "LDGSTS", width=".128") + count("UTMALDG")
     report.exponentials = sum(n for opcode, n in opcodes.items() if opcode.startswith("MUFU.EX2"))
@@ -394,6 +416,8 @@ def _read_amd(report: Report, text: str) -> None:
 _MATRIX_OPS = (
     "linear",
     "linear_backward",
+    "linear_fp8",
+    "linear_fp8_quantized",
     "attention_forward",
     "attention_backward_query",
     "attention_backward_key",
@@ -410,7 +434,8 @@ _MATRIX_OPS = (
 def compile_job(job: Job, target: str) -> Report:
     """Compiles one job for ``target`` (a GPU, not a table) and reads what came out; a failure is reported, not raised."""
     launch = job.launch
-    dtypes = {t.dtype for t in launch.arguments.values() if isinstance(t, Tensor) and t.dtype in (HALF, torch.float16)}
+    tensors = {t.dtype for t in launch.arguments.values() if isinstance(t, Tensor)}
+    dtypes = tensors & {HALF, torch.float16} or tensors & {torch.float8_e4m3fn}
     report = Report(
         op=launch.op,
         kernel=launch.kernel.__name__,

@@ -1,8 +1,9 @@
 """Triton's CPU interpreter, repaired until a kernel that passes in it deserves to pass.
 
 The stock interpreter (3.6 to 3.9) computes bfloat16 on its bits as if they were integers, truncates where a GPU rounds,
-hands 0 to a masked load that names no ``other=`` (a GPU hands over whatever the register held), lets a 32-bit offset wrap
-around in silence and ignores ``tl.device_assert``. ``repair()`` mends these; ``test_interpreter.py`` shows each of them.
+rounds to e4m3 half up instead of half to even and loses the carry, hands 0 to a masked load that names no ``other=`` (a GPU
+hands over whatever the register held), lets a 32-bit offset wrap around in silence and ignores ``tl.device_assert``.
+``repair()`` mends these; ``test_interpreter.py`` shows each of them.
 """
 
 import dataclasses
@@ -12,7 +13,9 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+# Triton's types that NumPy lacks → what they are here, and the integers that the memory access routines take them for.
+SHORT = {tl.bfloat16: np.dtype(ml_dtypes.bfloat16), tl.float8e4nv: np.dtype(ml_dtypes.float8_e4m3fn)}
+BITS = {dtype: (np.dtype(f"uint{dtype.itemsize * 8}"), getattr(tl, f"uint{dtype.itemsize * 8}")) for dtype in SHORT.values()}
 
 _repaired = False
 
@@ -23,22 +26,20 @@ def repair() -> None:
     if _repaired:
         return
     _repaired = True
-    _make_bfloat16_real()
+    _make_short_floats_real()
     _make_masked_loads_honest()
     _check_overflow_and_assertions()
 
 
-def _is_bfloat16(array: np.ndarray) -> bool:
-    return array.dtype == BFLOAT16
-
-
 def _raw(array: np.ndarray) -> np.ndarray:
-    """The array as the memory access routines, which know no bfloat16, take it."""
-    return np.ascontiguousarray(array).view(np.uint16) if _is_bfloat16(array) else array
+    return np.ascontiguousarray(array).view(BITS[array.dtype][0]) if array.dtype in BITS else array
 
 
-def _make_bfloat16_real() -> None:
-    """bfloat16 values live in ``ml_dtypes`` arrays, whose arithmetic, comparisons and casts round as hardware does."""
+def _make_short_floats_real() -> None:
+    """bfloat16 and e4m3 values live in ``ml_dtypes`` arrays, whose arithmetic, comparisons and casts round as hardware does.
+
+    Where a GPU's cast to e4m3 saturates, this one gives NaN, as PyTorch's does: what relies on saturation shows.
+    """
     builder = interpreter.InterpreterBuilder
     handle = interpreter.TensorHandle
     stock = {name: getattr(builder, name) for name in ("create_masked_store", "create_dot", "create_fp_to_fp", "cast_impl")}
@@ -46,31 +47,32 @@ def _make_bfloat16_real() -> None:
 
     def numpy_dtype(dtype):
         scalar = dtype.element_ty if isinstance(dtype, tl.block_type) else dtype
-        return BFLOAT16 if scalar == tl.bfloat16 else stock_numpy_dtype(dtype)
+        return stock_numpy_dtype(dtype) if scalar.is_ptr() else SHORT.get(scalar) or stock_numpy_dtype(dtype)
 
     def cast(self, source, dtype):
-        if tl.bfloat16 not in (source.dtype.scalar, dtype.scalar):
-            return stock["cast_impl"](self, source, dtype)
-        return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
+        if any(not t.scalar.is_ptr() and t.scalar in SHORT for t in (source.dtype, dtype)):
+            return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
+        return stock["cast_impl"](self, source, dtype)
 
     def convert_with_rounding(self, source, dtype, rounding_mode):
-        half_precision = (tl.float16, tl.bfloat16)
-        if dtype.scalar in half_precision or source.dtype.scalar in half_precision:
-            return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
+        mended = (tl.float16, *SHORT)
+        if dtype.scalar in mended or source.dtype.scalar in mended:
+            with np.errstate(over="ignore", invalid="ignore"):
+                return handle(source.data.astype(numpy_dtype(dtype.scalar)), dtype.scalar)
         return stock["create_fp_to_fp"](self, source, dtype, rounding_mode)
 
     def masked_store(self, pointers, value, mask, *hints):
-        if _is_bfloat16(value.data):
-            value = handle(_raw(value.data), tl.uint16)
+        if value.data.dtype in BITS:
+            value = handle(_raw(value.data), BITS[value.data.dtype][1])
         return stock["create_masked_store"](self, pointers, value, mask, *hints)
 
     def dot(self, a, b, accumulator, *options):
-        if _is_bfloat16(a.data):
+        if a.data.dtype in BITS:
             a, b = (handle(x.data.astype(np.float32), tl.float32) for x in (a, b))
         return stock["create_dot"](self, a, b, accumulator, *options)
 
     interpreter._get_np_dtype = numpy_dtype
-    builder.get_bf16 = lambda self, value: handle(np.array([value], dtype=BFLOAT16), tl.bfloat16)
+    builder.get_bf16 = lambda self, value: handle(np.array([value], dtype=SHORT[tl.bfloat16]), tl.bfloat16)
     builder.create_masked_store = masked_store
     builder.create_dot = dot
     builder.create_fp_to_fp = convert_with_rounding

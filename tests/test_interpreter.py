@@ -54,6 +54,19 @@ def test_casts_round_to_nearest_even(source, target):
     assert torch.equal(out, x.to(target))
 
 
+def test_casts_to_e4m3_round_to_nearest_even():
+    """All 254 finite values, what lies halfway between neighbours, and NaN."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    finite = values[values.isfinite()].sort().values
+    x = torch.cat([values, (finite[1:] + finite[:-1]) / 2, torch.randn(515) * 1e-2])
+    out = torch.empty(1024, dtype=torch.float8_e4m3fn)
+    _cast[(1,)](x, out, BLOCK=1024)
+    assert torch.equal(out.view(torch.uint8), x.to(out.dtype).view(torch.uint8))
+    back = torch.empty(1024)
+    _cast[(1,)](out, back, BLOCK=1024)
+    assert torch.equal(back.nan_to_num(7.0), out.float().nan_to_num(7.0))
+
+
 @triton.jit
 def _dot(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]

@@ -1,0 +1,144 @@
+"""Matrix product of FP8 (e4m3) operands, undone scales, bias, activation and residual in its epilogue.
+
+    y   = activation(Σ_blocks (A_block · B_blockᵀ) · a_scale_block · b_scale + bias)
+    out = y, or residual + y, or e4m3(y) with a scale for every 128 columns of a row
+
+Shapes: A [M, K] and B [N, K] e4m3, last stride 1; a_scale [M] a row, or [ceil(K / 128), M] a block of 128 columns of a row;
+b_scale [N]; bias [N]; residual and out [M, N], last stride 1; out_scale [ceil(N / 128), M], of which A's is one
+layer further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
+
+Tensor cores sum e4m3 products in fewer bits than float32 has (about 14 on sm_90, 13 on sm_89; Zhao et al. 2025, Zhang et al.
+2024), so PROMOTE adds every BLOCK_K products to a float32 sum outside of them. Block scales need that addition anyway.
+An epilogue sees 128 columns of a row, not the row: hence scales a block, known in the pass that makes the values.
+Reference: ``fastvit.reference_fp8.linear``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._launch import launch, target_of
+from ._math import activate
+from ._tuning import config
+from .quantize import to_e4m3
+
+SCALE_BLOCK = 128
+
+
+@triton.jit
+def _linear_fp8(
+    a_ptr,  # [M, K] e4m3
+    b_ptr,  # [N, K] e4m3
+    a_scale_ptr,  # [M], or [blocks of K, M]
+    b_scale_ptr,  # [N]
+    bias_ptr,  # [N] or None
+    residual_ptr,  # [M, N] or None
+    out_ptr,  # [M, N]
+    out_scale_ptr,  # [blocks of N, M] or None: out is e4m3
+    M,
+    N,
+    K,
+    stride_a_m,
+    stride_b_n,
+    stride_residual_m,
+    ACTIVATION: tl.constexpr,
+    BLOCK_SCALES: tl.constexpr,
+    PROMOTE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tl.static_assert(128 % BLOCK_K == 0, "a step over K stays within a scale")
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    group = program // (GROUP_M * tiles_n)
+    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    tile_m = group * GROUP_M + (program % (GROUP_M * tiles_n)) % group_rows
+    tile_n = (program % (GROUP_M * tiles_n)) // group_rows
+
+    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored.
+    a_row, b_row = tl.minimum(m, M - 1), tl.minimum(n, N - 1)
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :]
+    b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            a, b = tl.load(a_ptrs), tl.load(b_ptrs)
+        else:
+            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=0.0)
+        if BLOCK_SCALES:
+            scale = tl.load(a_scale_ptr + tl.full([], start // 128, tl.int64) * M + a_row)
+            acc += tl.dot(a, b) * scale[:, None]
+        elif PROMOTE:
+            acc += tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)  # a bound, or the compiler would join sum and product
+        else:
+            acc = tl.dot(a, b, acc)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    if not BLOCK_SCALES:
+        acc *= tl.load(a_scale_ptr + a_row)[:, None]
+    acc *= tl.load(b_scale_ptr + b_row)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + b_row).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION, False)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
+    if out_scale_ptr is not None:
+        tl.static_assert(BLOCK_N == 128, "a tile is as wide as what shares a scale")
+        acc, out_scale = to_e4m3(tl.where((n < N)[None, :], acc, 0.0), 1)
+        tl.store(out_scale_ptr + tile_n.to(tl.int64) * M + m, out_scale, mask=m < M)
+    tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def launch_linear_fp8(
+    a: torch.Tensor,
+    a_scale: torch.Tensor,
+    b: torch.Tensor,
+    b_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    activation: str | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """Fills out [M, N] (and out_scale) from a [M, K] and b [N, K]. a_scale [M] or [blocks, M] decides what A was scaled by.
+
+    a, b and residual have last stride 1, the others are contiguous. K ≥ 1.
+    """
+    (m, k), n = a.shape, b.shape[0]
+    op = "linear_fp8" if out_scale is None else "linear_fp8_quantized"
+    row = config(op, target_of(a), rows=m)
+    launch(
+        op,
+        _linear_fp8,
+        (triton.cdiv(m, row["BLOCK_M"]) * triton.cdiv(n, row["BLOCK_N"]),),
+        a,
+        row,
+        a_ptr=a,
+        b_ptr=b,
+        a_scale_ptr=a_scale,
+        b_scale_ptr=b_scale,
+        bias_ptr=bias,
+        residual_ptr=residual,
+        out_ptr=out,
+        out_scale_ptr=out_scale,
+        M=m,
+        N=n,
+        K=k,
+        stride_a_m=a.stride(0),
+        stride_b_n=b.stride(0),
+        stride_residual_m=0 if residual is None else residual.stride(0),
+        ACTIVATION=activation or "none",
+        BLOCK_SCALES=a_scale.dim() == 2,
+        EVEN_K=k % row["BLOCK_K"] == 0,
+    )
