@@ -11,14 +11,17 @@ import triton.language as tl
 MIN_DOT = 16  # the narrowest operand of tl.dot
 
 
-def split_head_dim(dim: int) -> tuple[int, int]:
-    """(MAIN, TAIL): powers of two, at least 16 each, that hold ``dim``; TAIL is 0 where one piece is as cheap."""
+def split_head_dim(dim: int, element_size: int = 2) -> tuple[int, int]:
+    """(MAIN, TAIL): powers of two, at least 16 each, that hold ``dim``; TAIL is 0 where one piece is as cheap.
+
+    float32 beyond 192 is two halves: exact products hold rows of their operands in registers, which 256 would not fit.
+    """
     whole = max(MIN_DOT, triton.next_power_of_2(dim))
     main = whole // 2
     if dim <= main or main < MIN_DOT:
         return whole, 0
     tail = max(MIN_DOT, triton.next_power_of_2(dim - main))
-    return (main, tail) if tail < main else (whole, 0)
+    return (main, tail) if tail < main or (element_size == 4 and tail == 128) else (whole, 0)
 
 
 @triton.jit

@@ -1,37 +1,79 @@
 """(operator, GPU, dtype, shape) → launch config, in plain Python over the committed tables in ``tables/``.
 
-A table is ``{"target", "provenance", "shared_memory", "ops": {op: [{"when": {...}, "config": {...}}, ...]}}``. ``when`` holds
-upper bounds; the first row whose every bound holds is taken. Nothing is ever tuned at run time. A GPU without a table uses
-its architecture's nearest one, and any other the table ``default``, which asks for little.
+A table is ``{"target", "provenance", "shared_memory", "ops": {op: [{"when": {...}, "config": {...}, "shared": n}, ...]}}``.
+``when`` holds upper bounds; the first row whose every bound holds, and whose ``shared`` bytes of shared memory the GPU has, is
+taken. Nothing is ever tuned at run time. A GPU without a table uses its architecture's, and any other the table ``default``,
+which asks for little. ``FASTVIT_TABLES=DIR`` names a folder of tables in the same format, as ``fastvit tune`` writes them: the
+rows of ``DIR/<target>.json`` come before the committed ones.
 """
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-TABLES = Path(__file__).parent / "tables"
+import torch
 
-# GPUs that share another one's instructions and have at least its shared memory.
-NEAREST = {
-    "sm_87": "sm_80",
-    "sm_103": "sm_100",
-    "sm_121": "sm_120",
-    "gfx950": "gfx942",
-    "gfx941": "gfx942",
-    "gfx940": "gfx942",
-    "gfx90a": "gfx942",
-}
+TABLES = Path(__file__).parent / "tables"
+USER_TABLES = "FASTVIT_TABLES"
+
+# GPUs whose table is another one's, of the same instructions. Rows that ask for more shared memory than there is are passed
+# over. sm_86 and sm_89, whose memory is little beside sm_80's, have the default table, made for it.
+NEAREST = {"sm_87": "sm_80", "gfx950": "gfx942", "gfx941": "gfx942", "gfx940": "gfx942", "gfx90a": "gfx942"}
+
+
+def nearest(target: str) -> str:
+    """Whose table serves ``target``: its own, its architecture's (sm_103: sm_100), or "default"."""
+    architecture = f"{target[:-1]}0" if target.startswith(("sm_9", "sm_10", "sm_12")) else ""
+    for name in (target, NEAREST.get(target, ""), architecture):
+        if name and (TABLES / f"{name}.json").exists():
+            return name
+    return "default"
+
+
+@cache
+def committed(target: str) -> dict[str, Any]:
+    """The committed table that serves ``target``."""
+    try:
+        return json.loads((TABLES / f"{nearest(target)}.json").read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no launch configs at {TABLES}; reinstall fastvit") from None
 
 
 @cache
 def table(target: str) -> dict[str, Any]:
-    """The table for ``target``, its nearest relative's, or the default's."""
-    for name in (target, NEAREST.get(target, ""), "default"):
-        path = TABLES / f"{name}.json"
-        if name and path.exists():
-            return json.loads(path.read_text())
-    raise FileNotFoundError(f"no launch configs at {TABLES}; reinstall fastvit")
+    """What configs are looked up in: the rows of the user's table for ``target``, if there is one, then the committed ones."""
+    ours = committed(target)
+    folder = os.environ.get(USER_TABLES)
+    path = Path(folder or "") / f"{target}.json"
+    if not folder or not path.exists():
+        if folder and not Path(folder).is_dir():
+            raise NotADirectoryError(f"{USER_TABLES}: got {folder!r}, which is no folder; expected one with <target>.json in it")
+        return ours
+    theirs = _checked(path, ours)
+    return ours | {"ops": {op: theirs.get(op, []) + rows for op, rows in ours["ops"].items()}}
+
+
+def _checked(path: Path, ours: dict[str, Any]) -> dict[str, list]:
+    """The rows of a user's table, each with the operators, bounds and knobs that the committed table has."""
+    try:
+        ops = json.loads(path.read_text())["ops"]
+        for op, rows in ops.items():
+            configs = [row["config"] for row in ours["ops"][op]]
+            needed = set(configs[0]).intersection(*configs)
+            for row in rows:
+                missing = sorted(needed - set(row["config"]))
+                if missing:
+                    raise ValueError(f"a row of {op} lacks {', '.join(missing)}")
+                if not all(isinstance(value, int) for value in [*row["config"].values(), *row["when"].values()]):
+                    raise ValueError(f"a row of {op} has bounds or knobs that are no integers")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        what = f"no operator or entry {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"{USER_TABLES}: {path} is not a tuning table: {what}") from None
+    return ops
 
 
 def targets() -> list[str]:
@@ -39,10 +81,76 @@ def targets() -> list[str]:
     return sorted(path.stem for path in TABLES.glob("*.json") if path.stem not in ("default", "interpreter"))
 
 
+@cache
+def shared_memory(target: str) -> int | None:
+    """Bytes of shared memory that a program may take on the GPU ``target`` of this machine; None where there is none such."""
+    if target.startswith("sm_") and torch.version.hip is None and torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            if f"sm_{properties.major}{properties.minor}" == target:
+                return getattr(properties, "shared_memory_per_block_optin", None)
+    return None
+
+
+def first_fitting(rows: list[dict], shape: dict[str, int], limit: int | None) -> dict | None:
+    """The first row whose upper bounds all hold and whose shared memory is within ``limit`` (None: any)."""
+    for row in rows:
+        fits = limit is None or row.get("shared", 0) <= limit
+        if fits and all(shape[name] <= bound for name, bound in row["when"].items()):
+            return row
+    return None
+
+
+_override: tuple[str, dict[str, int]] | None = None
+_asked: Callable[[str, dict[str, int]], None] | None = None
+
+
 @lru_cache(maxsize=4096)
 def config(op: str, target: str, **shape: int) -> dict[str, int]:
-    """The launch config of ``op`` for these shape numbers: the first row whose upper bounds all hold."""
-    for row in table(target)["ops"][op]:
-        if all(shape[name] <= bound for name, bound in row["when"].items()):
-            return row["config"]
-    raise LookupError(f"no row of {op} for {target} admits {shape}: every table must end in a row without bounds")
+    """The launch config of ``op`` for these shape numbers."""
+    if _asked is not None:
+        _asked(op, shape)
+    if _override is not None and _override[0] == op:
+        return _override[1]
+    limit = shared_memory(target)
+    row = first_fitting(table(target)["ops"][op], shape, limit)
+    if row is None:
+        within = "" if limit is None else f" within {limit} bytes of shared memory"
+        raise LookupError(f"no row of {op} for {target} admits {shape}{within}: every table must end in a row without bounds")
+    return row["config"]
+
+
+# What else remembers configs registers here how to forget them.
+on_change: list[Callable[[], None]] = [config.cache_clear]
+
+
+def _forget() -> None:
+    for forget in on_change:
+        forget()
+
+
+@contextmanager
+def override(op: str, candidate: dict[str, int]) -> Iterator[None]:
+    """Inside, ``op`` is launched with ``candidate`` whatever its shape: how candidates are measured. Not for several threads."""
+    global _override
+    previous, _override = _override, (op, candidate)
+    _forget()
+    try:
+        yield
+    finally:
+        _override = previous
+        _forget()
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[str, dict[str, int]]]]:
+    """Collects (operator, shape numbers) of the configs that are looked up inside."""
+    global _asked
+    found: list[tuple[str, dict[str, int]]] = []
+    previous, _asked = _asked, lambda op, shape: found.append((op, dict(shape)))
+    _forget()
+    try:
+        yield found
+    finally:
+        _asked = previous
+        _forget()

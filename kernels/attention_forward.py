@@ -333,8 +333,8 @@ def common_arguments(
         for letter, tensor in (("q", q), ("k", k), ("v", v))
         for dim, name in enumerate(names)
     }
-    main, tail = split_head_dim(q.shape[3])
-    value_main, value_tail = split_head_dim(v.shape[3])
+    main, tail = split_head_dim(q.shape[3], q.element_size())
+    value_main, value_tail = split_head_dim(v.shape[3], v.element_size())
     key_rows = 0 if rel_h is None else rel_h.shape[3]
     return {
         "q_ptr": q,

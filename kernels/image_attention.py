@@ -154,7 +154,7 @@ def window_arguments(qkv: torch.Tensor, heads: int, window: tuple[int, int], pad
     """The arguments that every image attention kernel takes alike; the last stride of qkv is 1, pad is contiguous."""
     _, height, width, channels = qkv.shape
     dim = channels // (3 * heads)
-    main, tail = split_head_dim(dim)
+    main, tail = split_head_dim(dim, qkv.element_size())
     kind = pad_kind(qkv, window, pad)
     return {
         "qkv_ptr": qkv,

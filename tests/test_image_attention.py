@@ -65,6 +65,10 @@ def test_head_dims(backend, device, dim, window):
     _check(_arguments(device, torch.bfloat16, grid=(5, 3), window=window, dim=dim))
 
 
+def test_float32_beyond_192_is_two_halves(triton_backend, device):
+    _check(_arguments(device, torch.float32, grid=(3, 2), window=2, dim=200))
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (7, 1)], ids=str)
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_a_single_row_or_column(backend, device, grid, window):

@@ -1,0 +1,79 @@
+"""Every kernel at every row of a table, compiled in several processes, and what of it must not be."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import cache, partial
+from typing import Any
+
+import torch
+import triton
+from fastvit.kernels._tuning import table
+
+from .compilation import TARGETS, Job, Report, compile_job, jobs
+
+MAX_STACK = 32  # bytes a thread: what the compiler sets aside for calls, as against spilled tiles
+
+
+def problems(report: Report, shared_limit: int, rows: list[dict[str, Any]]) -> list[str]:
+    """What must not be, in words: too much stack or shared memory, no tensor cores, narrow loads, atomics.
+
+    ``rows``: the operator's in the table, whose stated shared memory the launch must keep to.
+    """
+    if report.error:
+        return [f"{report.name} does not compile: {report.error}"]
+    found = []
+    exact = report.matrix and report.dtype == "fp32"  # exact products have no tensor-core instruction; their tiles are narrow
+    spills = report.counts.get("spills", 0)
+    if report.stack > MAX_STACK or (report.forward and spills):
+        found.append(f"spills: {report.stack} bytes of stack, {spills} spill instructions")
+    if report.shared > shared_limit:
+        found.append(f"takes {report.shared} bytes of shared memory of {shared_limit}")
+    stated = min((rows[number].get("shared", shared_limit) for number in report.rows), default=shared_limit)
+    if stated < report.shared <= shared_limit:
+        found.append(f"takes {report.shared} bytes of shared memory, more than its row's {stated}")
+    if report.matrix and not exact and not report.tensor_core:
+        found.append("uses no tensor cores")
+    if not exact and not report.counts.get("wide_loads"):
+        found.append(f"has no 16-byte load among its {report.counts.get('loads', 0)}")
+    if report.atomics:
+        found.append(f"has {report.atomics} atomics, whose order is not the same twice")
+    return [f"{report.name} {problem}" for problem in found]
+
+
+@cache
+def _jobs_of_this_process(target: str, op: str, one_a_row: bool) -> list[Job]:
+    return jobs(target, op, one_a_row)[0]
+
+
+def _compile_numbered(target: str, op: str, one_a_row: bool, number: int) -> Report:
+    torch.set_num_threads(1)
+    return compile_job(_jobs_of_this_process(target, op, one_a_row)[number], TARGETS[target])
+
+
+def inspect(
+    target: str, op: str = "", processes: int = 1, one_a_row: bool = False, share: tuple[int, int] = (1, 1)
+) -> dict[str, Any]:
+    """{"target", "gpu", "triton", "shared_memory", "uncovered", "names", "problems", "rows": [Report, …]} of a table.
+
+    ``share``: (k, n) compiles every n-th of the launches from the k-th on; "names" are those of all.
+    """
+    todo, uncovered = jobs(target, op, one_a_row)
+    numbers = range(share[0] - 1, len(todo), share[1])
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            reports = list(pool.map(partial(_compile_numbered, target, op, one_a_row), numbers))
+    else:
+        reports = [compile_job(todo[number], TARGETS[target]) for number in numbers]
+    limit, ops = table(target)["shared_memory"], table(target)["ops"]
+    return {
+        "target": target,
+        "gpu": TARGETS[target],
+        "triton": triton.__version__,
+        "torch": torch.__version__,
+        "shared_memory": limit,
+        "uncovered": uncovered,
+        "names": [job.name for job in todo],
+        "problems": [problem for report in reports for problem in problems(report, limit, ops[report.op])],
+        "rows": [asdict(report) for report in reports],
+    }
