@@ -40,7 +40,12 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=[*find_packages(include=["fastvit", "fastvit.*"]), "fastvit.kernels", "fastvit.benchmarks", "fastvit.benchmarks.static"],
+    packages=[
+        *find_packages(include=["fastvit", "fastvit.*"]),
+        "fastvit.kernels",
+        "fastvit.benchmarks",
+        "fastvit.benchmarks.static",
+    ],
     package_dir={"fastvit.kernels": "kernels", "fastvit.benchmarks": "benchmarks"},
     package_data={"fastvit.kernels": ["tables/*.json"], "fastvit": ["py.typed"]},
     install_requires=[

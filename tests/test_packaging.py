@@ -81,7 +81,7 @@ def test_the_wheel_holds_what_the_checkout_holds_and_nothing_else(wheel):
     packaged = {name for name in names if ".dist-info/" not in name}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "fastvit").rglob("*.py")} | {"fastvit/py.typed"}
     for folder in ("kernels", "benchmarks"):
-        expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / folder).glob("*.py")}
+        expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     expected |= {f"fastvit/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").glob("tables/*.json")}
     assert packaged == expected
     assert any(name.endswith("LICENSE") for name in names)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-
 from fastvit.kernels import _tuning
 
 ROWS = [
