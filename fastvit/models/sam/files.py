@@ -22,6 +22,17 @@ class CheckpointError(ValueError):
     """Weights that cannot be read, or that are no Segment Anything; the message is one line with the file and the reason."""
 
 
+def locate(name: str | os.PathLike[str]) -> Path | None:
+    """The file or folder of that name, ``~`` being its user's; None where there is none. Raises ``CheckpointError``."""
+    try:
+        path = Path(name).expanduser()
+        return path if path.is_file() or path.is_dir() else None
+    except RuntimeError as error:  # the ~ of somebody who is not there
+        raise CheckpointError(f"{shown(name)}: no such folder ({_one_line(error)})") from error
+    except OSError as error:  # too long a name, a folder that may not be entered
+        raise CheckpointError(f"{shown(name)}: cannot be looked for ({error.strerror or error})") from error
+
+
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The state dict in a folder, from one file or from the shards that an index names. Raises ``CheckpointError``."""
     for name in WEIGHTS:
@@ -34,7 +45,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """The tensors that an index names, each from its shard: a file that lies beside the index, and no other."""
-    content = _read_json(index)
+    content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map, an object that says in which file each tensor lies")
@@ -55,6 +66,10 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """The state dict in a file. Raises ``CheckpointError``."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"{path}: may not be read ({error.strerror or error})") from error
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     for wrapper in WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -64,6 +79,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
     for key, tensor in content.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise CheckpointError(f"{path}: holds no state dict, for its {str(key)[:100]!r} is no floating-point tensor")
+        if tensor.layout != torch.strided or tensor.is_meta:
+            kind = "without values" if tensor.is_meta else f"laid out as {tensor.layout}"
+            raise CheckpointError(f"{path}: its {key[:100]!r} is a tensor {kind}; expected a dense one")
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise CheckpointError(f"{path}: is damaged, for its {key!r} has more elements than it stores")
     return dict(content)
@@ -90,28 +108,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: is damaged, or no safetensors file ({_one_line(error)})") from error
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """What no shape of Hugging Face's model shows, from its config; its defaults where the config is silent."""
-    config = _read_json(path)
-    try:
-        kind, vision = config.get("model_type"), config.get("vision_config") or {}
-        prompt, decoder = config.get("prompt_encoder_config") or {}, config.get("mask_decoder_config") or {}
-        activations = [part.get("hidden_act", "gelu") for part in (vision, prompt)] + [decoder.get("hidden_act", "relu")]
-        sizes = {
-            "norm_eps": float(vision.get("layer_norm_eps", 1e-6)),
-            "decoder_norm_eps": float(decoder.get("layer_norm_eps", 1e-6)),
-            "decoder_heads": int(decoder.get("num_attention_heads", 8)),
-        }
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: is no config of a Segment Anything ({_one_line(error)})") from error
-    if kind != "sam":
-        raise CheckpointError(f"{path}: its model_type is {kind!r}; expected 'sam'")
-    if activations != ["gelu", "gelu", "relu"]:
-        raise CheckpointError(f"{path}: its hidden_act are {activations}; expected gelu, gelu and the decoder's relu")
-    return sizes
-
-
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -125,7 +122,7 @@ def _read_json(path: Path) -> Any:
 def fetch(name: str) -> Path:
     """The folder in Hugging Face's cache with a repository's config and weights."""
     if not HUB_ID.fullmatch(name) or Path(name).suffix in (".pth", ".pt", ".bin", ".safetensors"):
-        raise CheckpointError(f"{name!r}: no such file or folder")
+        raise CheckpointError(f"{shown(name)!r}: no such file or folder")
     try:
         import huggingface_hub
 
@@ -142,6 +139,12 @@ def fetch(name: str) -> Path:
             f"{name}: no such file or folder, and not to be had from the Hugging Face Hub ({type(error).__name__})"
         ) from error
     return folder
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    """A name for a message."""
+    text = os.fspath(name)
+    return text if len(text) <= 200 else text[:200] + "…"
 
 
 def few(names: Collection[str]) -> str:

@@ -63,6 +63,7 @@ class PromptEncoder(nn.Module):
         mask_in_channels: hidden channels for masks.
         text_dim: channels of a CLIP embedding of a text or an image, which a trainable linear then makes a token of
             (sections 3 and 7.5 of the paper); None leaves it out.
+        norm_eps: added to the variance in the norms of masks.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class PromptEncoder(nn.Module):
         input_image_size: int | tuple[int, int] = 1024,
         mask_in_channels: int = 16,
         text_dim: int | None = None,
+        norm_eps: float = 1e-6,
         *,
         device: Any = None,
         dtype: Any = None,
@@ -92,10 +94,10 @@ class PromptEncoder(nn.Module):
         self.not_a_point_embed = nn.Embedding(1, dim, **factory)
         self.mask_downscaling = nn.Sequential(
             nn.Conv2d(1, mask_in_channels // 4, 2, stride=2, **factory),
-            LayerNorm2d(mask_in_channels // 4, **factory),
+            LayerNorm2d(mask_in_channels // 4, norm_eps, **factory),
             nn.GELU(),
             nn.Conv2d(mask_in_channels // 4, mask_in_channels, 2, stride=2, **factory),
-            LayerNorm2d(mask_in_channels, **factory),
+            LayerNorm2d(mask_in_channels, norm_eps, **factory),
             nn.GELU(),
             nn.Conv2d(mask_in_channels, dim, 1, **factory),
         )

@@ -123,6 +123,7 @@ def build_sam(
     prompt_dim: int = 256,
     mask_in_channels: int = 16,
     text_dim: int | None = None,
+    prompt_norm_eps: float = 1e-6,
     decoder_depth: int = 2,
     decoder_heads: int = 8,
     decoder_mlp_dim: int = 2048,
@@ -139,8 +140,8 @@ def build_sam(
     """A ``Sam`` in evaluation mode, with random weights, of any sizes.
 
     ``image_size`` to ``norm_eps`` are arguments of ``ImageEncoder``; ``prompt_dim`` is the channels of embeddings and tokens;
-    ``mask_in_channels`` and ``text_dim`` are of ``PromptEncoder``, ``decoder_…`` of ``TwoWayTransformer``, the others of
-    ``MaskDecoder`` and ``Sam``.
+    ``mask_in_channels``, ``text_dim`` and ``prompt_norm_eps`` are of ``PromptEncoder``, ``decoder_…`` of
+    ``TwoWayTransformer``, the others of ``MaskDecoder`` and ``Sam``.
     """
     factory: dict[str, Any] = {"device": device, "dtype": dtype}
     encoder = ImageEncoder(
@@ -156,7 +157,8 @@ def build_sam(
         norm_eps=norm_eps,
         **factory,
     )
-    prompts = PromptEncoder(prompt_dim, image_size // patch_size, image_size, mask_in_channels, text_dim, **factory)
+    grid = image_size // patch_size
+    prompts = PromptEncoder(prompt_dim, grid, image_size, mask_in_channels, text_dim, prompt_norm_eps, **factory)
     transformer = TwoWayTransformer(
         decoder_depth, prompt_dim, decoder_heads, decoder_mlp_dim, decoder_downsample_rate, decoder_norm_eps, **factory
     )

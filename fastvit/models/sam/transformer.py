@@ -21,7 +21,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, downsample_rate: int = 1, *, device: Any = None, dtype: Any = None):
         super().__init__()
         inner = dim // downsample_rate
-        if inner < 1 or inner % num_heads:
+        if inner < 1 or num_heads < 1 or inner % num_heads:
             raise ValueError(f"num_heads is {num_heads}; expected a divisor of dim / downsample_rate = {inner}")
         self.num_heads = num_heads
         factory: dict[str, Any] = {"device": device, "dtype": dtype}

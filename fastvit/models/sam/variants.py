@@ -3,8 +3,15 @@
 import os
 from typing import Any
 
-from .checkpoints import fill, read_checkpoint
+from .checkpoints import fill, infer_sizes, read_checkpoint
+from .files import CheckpointError
 from .sam import Sam, build_sam
+
+SIZES: dict[str, dict[str, Any]] = {
+    "vit_b": {"dim": 768, "depth": 12, "num_heads": 12, "global_attention": (2, 5, 8, 11)},
+    "vit_l": {"dim": 1024, "depth": 24, "num_heads": 16, "global_attention": (5, 11, 17, 23)},
+    "vit_h": {"dim": 1280, "depth": 32, "num_heads": 16, "global_attention": (7, 15, 23, 31)},
+}
 
 
 def sam_vit_b(checkpoint: str | os.PathLike[str] | None = None, **options: Any) -> Sam:
@@ -17,8 +24,7 @@ def sam_vit_b(checkpoint: str | os.PathLike[str] | None = None, **options: Any) 
     Raises:
         CheckpointError (a ``ValueError``): as ``load_sam``, and for weights of other sizes.
     """
-    sizes = {"dim": 768, "depth": 12, "num_heads": 12, "global_attention": (2, 5, 8, 11)}
-    return _build(sizes, checkpoint, options)
+    return _build("vit_b", checkpoint, options)
 
 
 def sam_vit_l(checkpoint: str | os.PathLike[str] | None = None, **options: Any) -> Sam:
@@ -26,8 +32,7 @@ def sam_vit_l(checkpoint: str | os.PathLike[str] | None = None, **options: Any) 
 
     Arguments and errors are ``sam_vit_b``'s.
     """
-    sizes = {"dim": 1024, "depth": 24, "num_heads": 16, "global_attention": (5, 11, 17, 23)}
-    return _build(sizes, checkpoint, options)
+    return _build("vit_l", checkpoint, options)
 
 
 def sam_vit_h(checkpoint: str | os.PathLike[str] | None = None, **options: Any) -> Sam:
@@ -35,14 +40,18 @@ def sam_vit_h(checkpoint: str | os.PathLike[str] | None = None, **options: Any) 
 
     Arguments and errors are ``sam_vit_b``'s.
     """
-    sizes = {"dim": 1280, "depth": 32, "num_heads": 16, "global_attention": (7, 15, 23, 31)}
-    return _build(sizes, checkpoint, options)
+    return _build("vit_h", checkpoint, options)
 
 
-def _build(sizes: dict[str, Any], checkpoint: str | os.PathLike[str] | None, options: dict[str, Any]) -> Sam:
+def _build(name: str, checkpoint: str | os.PathLike[str] | None, options: dict[str, Any]) -> Sam:
+    sizes = {**SIZES[name], **options}
     if checkpoint is None:
-        return build_sam(**{**sizes, **options})
+        return build_sam(**sizes)
     options = dict(options)
     to = {name: options.pop(name, None) for name in ("device", "dtype")}
     tensors, known = read_checkpoint(checkpoint)
-    return fill({**sizes, **known, **options}, tensors, checkpoint).to(**to)
+    found = infer_sizes(tensors, checkpoint)
+    for other, others in SIZES.items():
+        if all(found[key] == others[key] != sizes[key] for key in ("dim", "depth")):
+            raise CheckpointError(f"{checkpoint}: holds a {other}; expected a {name} (sam_{other} and load_sam take it)")
+    return fill({**SIZES[name], **known, **options}, tensors, checkpoint).to(**to)
