@@ -748,26 +748,6 @@ def test_the_three_sizes_have_metas_state_dicts(build, name, parameters):
     assert ours.mask_decoder.transformer.layers[0].norm1.eps == theirs.mask_decoder.transformer.layers[0].norm1.eps == 1e-5
 
 
-@pytest.mark.full
-@pytest.mark.slow
-@pytest.mark.parametrize("build", [build for build, _, _ in SIZES])
-def test_a_photograph_through_blocks_of_each_size(build):
-    """1024 px, 64×64 tokens in windows of 14 and over the whole image, the other blocks left out."""
-    from segment_anything.build_sam import _build_sam
-
-    encoder = build(device="meta").image_encoder
-    theirs = _build_sam(encoder.pos_embed.shape[3], 2, encoder.blocks[0].attn.num_heads, [1])
-    ours = build(depth=2, global_attention=(1,))
-    ours.load_state_dict(perturb(theirs).state_dict())
-    picture = random(3, 683, 1024, seed=3).abs().clamp(max=1) * 255
-    coordinates, labels = torch.tensor([[[500.0, 300.0]], [[100.0, 600.0]]]), torch.ones(2, 1)
-    record = {"image": picture, "original_size": (400, 600), "point_coords": coordinates, "point_labels": labels}
-    (expected,), (actual,) = theirs([record], True), ours([record], True)
-    for key in ("low_res_logits", "iou_predictions"):
-        assert relative(actual[key], expected[key]) <= FLOAT32, key
-    assert (actual["masks"] != expected["masks"]).float().mean() <= 1e-5
-
-
 PROMPT_ERRORS = [
     ({"points": torch.zeros(1, 1, 2)}, TypeError, "points is Tensor; expected a pair of tensors"),
     ({"points": (torch.zeros(1, 1, 2), [1])}, TypeError, "labels of points is list; expected a torch.Tensor"),

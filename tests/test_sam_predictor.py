@@ -1,5 +1,7 @@
 """``SamPredictor`` beside segment_anything's, on photographs: the same masks, scores and low-resolution logits."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,18 @@ def test_models_in_half_precision(dtype, sam, original):
         for left, right in zip(expected, actual, strict=True):
             assert right.dtype == np.float32
             assert np.abs(right - left).max() < 0.1 * np.abs(left).max()
+
+
+@pytest.mark.parametrize("whose", ["fastvit's", "segment_anything's"])
+def test_the_image_encoder_alone_in_bfloat16(whose, sam, original):
+    mixed = copy.deepcopy(sam) if whose == "segment_anything's" else own_sam(sam)
+    mixed.image_encoder.bfloat16()
+    predictor = SamPredictor(mixed)
+    predictor.set_image(photograph())
+    low_res = original.predict(**arrays(PROMPTS["a point"]))[2][:1]
+    for prompt in (arrays(PROMPTS["a box and points"]), {"mask_input": low_res}):
+        expected, actual = original.predict(**prompt, return_logits=True), predictor.predict(**prompt, return_logits=True)
+        assert 0 < np.abs(actual[0] - expected[0]).max() < 0.1 * np.abs(expected[0]).max()
 
 
 @pytest.mark.parametrize("name", ["coffee", "astronaut"])

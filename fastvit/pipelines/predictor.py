@@ -30,7 +30,8 @@ class SamPredictor:
 
     Args:
         sam_model: ``fastvit.models.Sam`` in any floating dtype, or segment_anything's, accelerated or not, whose prompt
-            encoder takes float32 alone. Raises ``TypeError`` for what lacks SAM's parts.
+            encoder takes float32 alone. Of either the image encoder, where the time goes, may have a dtype of its own.
+            Raises ``TypeError`` for what lacks SAM's parts.
 
     ``original_size`` and ``input_size`` are (H, W) of the picture before and after scaling, ``features`` is its embedding
     (1, C, h, w). After ``set_images`` the sizes are lists of these, and ``features`` is (pictures, C, h, w).
@@ -196,14 +197,14 @@ class SamPredictor:
         self._of(image_index)
         if (point_coords is None) != (point_labels is None):
             raise ValueError("point_coords and point_labels belong together; expected both or neither")
-        encoder = self.model.prompt_encoder
+        encoder, dtype = self.model.prompt_encoder, next(self.model.mask_decoder.parameters()).dtype
         sparse, dense = encoder(
             points=None if point_coords is None else (point_coords, point_labels),
             boxes=boxes,
-            masks=None if mask_input is None else mask_input.to(self._dtype),
+            masks=None if mask_input is None else mask_input.to(dtype),
         )
         low_res, quality = self.model.mask_decoder(
-            image_embeddings=self.features[image_index : image_index + 1],
+            image_embeddings=self.features[image_index : image_index + 1].to(dtype),
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
@@ -229,6 +230,7 @@ class SamPredictor:
 
     @property
     def _dtype(self) -> torch.dtype:
+        """The image encoder's."""
         return next(self.model.image_encoder.parameters()).dtype
 
     def _of(self, image_index: int) -> tuple[tuple[int, int], tuple[int, int]]:
