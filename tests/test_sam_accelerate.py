@@ -21,6 +21,7 @@ ERROR = 1e-5
 SIDE, PATCH, WINDOW, DIM = 72, 8, 4, 48  # 9 × 9 tokens: windows of 4 leave a row and a column of one
 ENCODERS = ["segment_anything", "hf_sdpa", "hf_eager", "hf_hq", "timm"]
 DECODERS = ["segment_anything", "hf_sdpa", "hf_hq"]
+LAST = "final_attn_token_to_image"
 
 
 def with_tables(model: nn.Module) -> nn.Module:
@@ -392,6 +393,45 @@ def test_mobile_encoders_are_left_alone_with_a_reason():
     assert set(found.skipped.values()) == {"its norms lie inside its attention and its MLP"}
 
 
+def test_a_mobile_sam_has_its_decoder_served():
+    from timm.models.tiny_vit import TinyVit
+
+    class Mobile(nn.Module):
+        """The grid of 9 × 9 that the decoder expects, from TinyViT's."""
+
+        def __init__(self):
+            super().__init__()
+            sizes = {"embed_dims": (16, 16, 16, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 2)}
+            self.trunk = TinyVit(**sizes, window_sizes=(2, 2, 2, 2))
+            self.img_size = SIDE
+
+        def forward(self, x):
+            return nn.functional.interpolate(self.trunk.forward_features(x), (9, 9), mode="bilinear")
+
+    model, inputs = prompted("segment_anything")
+    model.image_encoder = with_tables(Mobile())
+    expected = masks_of(model(**inputs))
+    actual = masks_of(fastvit.accelerate(model)(**inputs))
+    assert relative(actual, expected) <= ERROR
+    found = fastvit.report(model)
+    assert set(found.replaced) == {f"mask_decoder.transformer.{name}" for name in ("layers.0", "layers.1", LAST)}
+    assert found.skipped
+    assert all(name.startswith("image_encoder.trunk.") for name in found.skipped)
+    assert set(found.skipped.values()) == {"its norms lie inside its attention and its MLP"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["samvit_base_patch16", "samvit_huge_patch16"])
+def test_timms_names_are_served(name):
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = fastvit.report(fastvit.accelerate(model, dry_run=True))
+    assert found.skipped == {}
+    assert set(found.replaced) == {f"blocks.{index}" for index in range(len(model.blocks))}
+
+
 def test_a_block_that_computes_something_else_is_left_alone():
     from segment_anything.modeling.image_encoder import Block
 
@@ -521,7 +561,7 @@ def test_a_model_gives_the_masks_it_gave(key):
     found = fastvit.report(model)
     assert found.skipped == {}
     assert len(found.replaced) == 6
-    last = "mask_decoder.transformer.final_attn_token_to_image"  # eager attention returns its weights, which fused has none of
+    last = f"mask_decoder.transformer.{LAST}"  # eager attention returns its weights, which fused has none of
     eager = {last: "the attention implementation 'eager' returns the attention weights"}
     assert found.fallbacks == (eager if key == "hf_eager" else {})
     assert found.replaced[last] == "fused attention"
