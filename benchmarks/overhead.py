@@ -1,0 +1,226 @@
+"""CPU time between calling an operator, or a block, and its kernels being enqueued, on a machine without a GPU.
+
+    python benchmarks/overhead.py                    # a table of microseconds on the terminal
+    python benchmarks/overhead.py --rounds 40 --json overhead.json
+
+The Triton backend runs whole: checks, dispatch, autograd, launch configs, kernels compiled for sm_90, Triton's binder and its
+compiled launcher. Replaced is the GPU below it: ``libcuda.so.1`` is a stub, built here with the C compiler that Triton
+needs anyway, whose functions do nothing and succeed; tensors are small ones on the CPU that say they are on a GPU. What this
+leaves out: the driver's own launch (some 2 µs each), and the difference between PyTorch's allocators. What it puts in:
+PyTorch's own operators compute on those small tensors (float16, oneDNN off) where a GPU build would launch a kernel of
+its own, so the time of an original block stands for its launches, not for its kernels.
+
+Everything compared takes turns within one process, and the first calls, which compile, are not counted.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Only what Triton's launcher calls, its prototypes reduced to what the stub touches.
+STUB = r"""
+#include <string.h>
+typedef unsigned long long u64;
+static long launches = 0;
+long fastvit_launches(void) { return launches; }
+int cuInit(unsigned f) { return 0; }
+int cuDriverGetVersion(int *v) { *v = 12080; return 0; }
+int cuGetErrorString(int e, const char **s) { *s = "stub"; return 0; }
+int cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
+int cuCtxSetCurrent(void *c) { return 0; }
+int cuCtxGetLimit(u64 *v, int l) { *v = 0; return 0; }
+int cuCtxSetLimit(int l, u64 v) { return 0; }
+int cuDeviceGet(int *d, int i) { *d = i; return 0; }
+int cuDeviceGetAttribute(int *v, int a, int d) { *v = 232448; return 0; }
+int cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)1; return 0; }
+int cuFuncGetAttribute(int *v, int a, void *f) { *v = a == 0 ? 1024 : 0; return 0; }
+int cuFuncSetAttribute(void *f, int a, int v) { return 0; }
+int cuFuncSetCacheConfig(void *f, int c) { return 0; }
+int cuModuleLoadData(void **m, const void *i) { *m = (void *)1; return 0; }
+int cuModuleUnload(void *m) { return 0; }
+int cuModuleGetFunction(void **f, void *m, const char *n) { *f = (void *)1; return 0; }
+int cuPointerGetAttribute(void *out, int a, u64 p) { memcpy(out, &p, 8); return 0; }
+int cuPointerGetAttributes(unsigned n, int *a, void **out, u64 p) { memcpy(out[0], &p, 8); return 0; }
+int cuLaunchKernelEx(const void *c, void *f, void **p, void **e) { launches++; return 0; }
+int cuLaunchKernel() { launches++; return 0; }
+int cuOccupancyMaxActiveClusters(int *n, void *f, const void *c) { *n = 1; return 0; }
+int cuTensorMapEncodeTiled() { return 0; }
+int cuTensorMapEncodeIm2col() { return 0; }
+"""
+
+
+def pretend_gpu(folder: str) -> Callable[[], int]:
+    """Puts a stub in the place of the CUDA driver, and lets CPU tensors pass for a GPU's; returns a count of launches.
+
+    To be called before Triton's driver is first used. For this process alone, which can compute nothing on Triton any more.
+    """
+    source, library = Path(folder) / "stub.c", Path(folder) / "libcuda.so.1"
+    source.write_text(STUB)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", "-o", library, source], check=True)
+    os.environ["TRITON_LIBCUDA_PATH"] = folder
+    os.environ.pop("TRITON_INTERPRET", None)
+    stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    stub.fastvit_launches.restype = ctypes.c_long
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.driver import CudaDriver
+
+    class Driver(CudaDriver):
+        def __init__(self):
+            super().__init__()
+            self.get_current_device = lambda: 0
+            self.get_current_stream = lambda device: 0
+            self.get_device_capability = lambda device: (9, 0)
+
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+    pretend_tensors()
+    return stub.fastvit_launches
+
+
+def pretend_tensors() -> None:
+    """Lets CPU tensors pass for tensors on GPU 0, an sm_90 that Triton serves."""
+    import torch
+    from fastvit.kernels import _launch
+
+    import fastvit.backend
+
+    fastvit.backend._gpu_reasons[0] = None
+    torch.Tensor.is_cuda = True
+    torch.Tensor.get_device = lambda self: 0
+    torch.cuda.current_device = lambda: 0
+    _launch._recorded_target = "sm_90"
+
+
+def operators() -> dict[str, Callable[[], object]]:
+    """One call of each operator, on small tensors of the same strides as in a model."""
+    import torch
+
+    from fastvit import functional as F
+
+    def fresh(*shape: int):
+        return torch.randn(*shape, dtype=torch.float16)
+
+    x, branch = fresh(1, 4, 32), fresh(1, 4, 32)
+    weight, bias, scale = fresh(32), fresh(32), fresh(32)
+    w1, b1, w2 = fresh(128, 32), fresh(128), fresh(32, 128)
+    q, k, v = fresh(1, 4, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    image, pad, hidden = fresh(1, 2, 2, 96), fresh(96), fresh(1, 4, 128)
+    tables = dict(rel_pos_h=fresh(3, 16), rel_pos_w=fresh(3, 16))
+    cos, sin, mask = torch.randn(4, 16), torch.randn(4, 16), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    return {
+        "layer_norm": lambda: F.layer_norm(x, weight, bias),
+        "add_layer_norm": lambda: F.add_layer_norm(x, branch, weight, bias, layer_scale=scale),
+        "linear + gelu": lambda: F.linear(x, w1, b1, activation="gelu"),
+        "mlp": lambda: F.mlp(x, w1, b1, w2, bias),
+        "attention": lambda: F.attention(q, k, v),
+        "attention, mask": lambda: F.attention(q, k, v, mask),
+        "image_attention, windows": lambda: F.image_attention(image, num_heads=2, window_size=2, pad_qkv=pad, **tables),
+        "glu": lambda: F.glu(*hidden.chunk(2, dim=-1)),
+        "qk_norm_rope": lambda: F.qk_norm_rope(q, k, cos, sin),
+        "rotary_attention": lambda: F.rotary_attention(q, k, v, cos, sin),
+    }
+
+
+def blocks() -> dict[str, Callable[[], object]]:
+    """A timm ViT block: as it was, and accelerated on either backend, each in inference and forward in training."""
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    import fastvit
+
+    def model():
+        torch.manual_seed(0)
+        made = VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
+        return made.half().eval()
+
+    calls: dict[str, Callable[[], object]] = {}
+    x = torch.randn(1, 4, 32, dtype=torch.float16)
+    for name, backend in (("original", None), ("torch", "torch"), ("triton", "auto")):
+        made = model()
+        if backend is not None:
+            fastvit.accelerate(made, backend=backend)
+        inner = made.blocks
+
+        def infer(inner=inner):
+            with torch.no_grad():
+                return inner(x)
+
+        calls[f"block, {name}"] = infer
+        calls[f"block, {name}, training"] = lambda inner=inner: inner(x)
+    return calls
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, repeats: int) -> dict[str, list[float]]:
+    """Microseconds a call, one number a round; the calls take turns."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        for _ in range(20):
+            call()
+    gc.collect()
+    gc.disable()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.thread_time()
+            for _ in range(repeats):
+                call()
+            samples[name].append((time.thread_time() - start) / repeats * 1e6)
+    gc.enable()
+    return samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="turns of every call (default 20)")
+    parser.add_argument("--repeats", type=int, default=200, help="calls a turn (default 200)")
+    parser.add_argument("--json", help="also write every number to this file")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        launches = pretend_gpu(folder)
+        import torch
+
+        from fastvit import use_backend
+        from fastvit._torchvision import ensure_importable
+
+        ensure_importable()
+        torch.set_num_threads(1)
+        torch.backends.mkldnn.enabled = False
+        with use_backend("auto"):
+            calls, per_call = {**operators(), **blocks()}, {}
+            for name, call in calls.items():
+                call()
+                before = launches()
+                call()
+                per_call[name] = launches() - before
+            samples = measure(calls, args.rounds, args.repeats)
+    rows = {}
+    for name, values in samples.items():
+        share = 2 if name.startswith("block") else 1  # two blocks a call, for what one hands to the next
+        rows[name] = {
+            "min": min(values) / share,
+            "median": statistics.median(values) / share,
+            "launches": per_call[name] / share,
+        }
+    print(f"{'':32}{'min µs':>9}{'median µs':>11}{'Triton launches':>17}")
+    for name, row in rows.items():
+        print(f"{name:32}{row['min']:9.1f}{row['median']:11.1f}{row['launches']:17.3g}")
+    if args.json:
+        Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
