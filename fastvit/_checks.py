@@ -1,15 +1,52 @@
 """Input checks for the functional operators: every message names the argument, what it was, and what was expected."""
 
+import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # of any other, no operator computes
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu")
+
+
+MAX_REMEMBERED = 4096
+
+_passed: set[tuple] = set()
+
+
+def remembered(check: Callable[..., None]) -> Callable[..., None]:
+    """Lets a check pass without another look what it has passed before: plain tensors of the same shapes, dtypes and devices
+    beside equal numbers and strings. The check may look at nothing else, and is called with positional arguments."""
+
+    @functools.wraps(check)
+    def checked(*args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return check(*args)
+        signature: list[Any] = [check]
+        for arg in args:
+            kind = arg.__class__
+            if kind is Tensor or kind is nn.Parameter:
+                signature += (arg.shape, arg.dtype, arg.device)
+            elif kind in _REMEMBERED_KINDS:
+                signature += (kind, arg)  # True == 1 == 1.0
+            else:
+                return check(*args)
+        key = tuple(signature)
+        if key in _passed:
+            return None
+        check(*args)
+        if len(_passed) >= MAX_REMEMBERED:
+            _passed.clear()
+        _passed.add(key)
+
+    return checked
+
+
+_REMEMBERED_KINDS = (type(None), bool, int, float, str)
 
 
 def _shape(tensor: Tensor) -> str:
@@ -88,6 +125,7 @@ def check_activation(activation: str | None) -> None:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)} or None")
 
 
+@remembered
 def check_attention(
     query: Tensor,
     key: Tensor,
@@ -146,6 +184,7 @@ def check_attention(
             )
 
 
+@remembered
 def check_image_attention(
     qkv: Tensor,
     num_heads: Any,
@@ -186,6 +225,7 @@ def check_image_attention(
             check_shape(name, table, (max(1, table.shape[0]), dim), "the head_dim of qkv with shape", qkv)
 
 
+@remembered
 def check_layer_norm(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Any, statistics: str, name: str = "input"
 ) -> None:
@@ -204,11 +244,12 @@ def check_layer_norm(
     check_shape("bias", bias, channels, f"{name} has shape", input)
 
 
+@remembered
 def check_add_layer_norm(
     residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: Any, layer_scale: Tensor | None
 ) -> None:
     check_tensors("residual", ("branch",), residual=residual, branch=branch, layer_scale=layer_scale)
-    check_layer_norm(residual, weight, bias, eps, "token", name="residual")
+    check_layer_norm(residual, weight, bias, eps, "token", "residual")
     if branch.dtype != residual.dtype and torch.float32 not in (branch.dtype, residual.dtype):
         raise TypeError(
             f"branch of shape {_shape(branch)} has dtype {branch.dtype} while residual has {residual.dtype};"
@@ -223,6 +264,7 @@ def check_add_layer_norm(
         )
 
 
+@remembered
 def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, prefix: str = "") -> None:
     names = {"input": input, f"{prefix}weight": weight, f"{prefix}bias": bias}
     check_activation(activation)
@@ -239,9 +281,31 @@ def check_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation:
     check_shape(f"{prefix}bias", bias, (weight.shape[0],), f"{prefix}weight has shape", weight)
 
 
+@remembered
+def check_mlp(
+    input: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    activation: str | None,
+) -> None:
+    check_linear(input, fc1_weight, fc1_bias, activation, "fc1_")
+    names = {"input": input, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
+    check_tensors("input", ("fc2_weight",), **names)
+    check_same_dtype("input", **names)
+    check_rank("fc2_weight", fc2_weight, 2, "(out features, hidden features)")
+    out_features = fc2_weight.shape[0]
+    if out_features == 0:
+        raise ValueError(f"fc2_weight has shape {_shape(fc2_weight)}; expected at least one output feature")
+    check_shape("fc2_weight", fc2_weight, (out_features, fc1_weight.shape[0]), "fc1_weight's outputs are its inputs")
+    check_shape("fc2_bias", fc2_bias, (out_features,), "one value an output of fc2_weight")
+
+
 GLU_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "sigmoid")
 
 
+@remembered
 def check_glu(gate: Tensor, value: Tensor, activation: str) -> None:
     if activation not in GLU_ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(GLU_ACTIVATIONS)}")
@@ -252,14 +316,21 @@ def check_glu(gate: Tensor, value: Tensor, activation: str) -> None:
     check_shape("value", value, gate.shape, "the shape of gate")
 
 
-def _check_tables(query: Tensor, cos: Tensor, sin: Tensor) -> None:
-    batch, _, tokens, dim = query.shape
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.requires_grad and torch.is_grad_enabled():
+def check_constant(**tables: Tensor | None) -> None:
+    """To be called at every call, after ``check_qk_norm_rope``: whether a gradient is wanted is no part of a signature."""
+    if not torch.is_grad_enabled():
+        return
+    for name, table in tables.items():
+        if table is not None and table.requires_grad:
             raise ValueError(
                 f"{name} of shape {_shape(table)} requires a gradient; expected a constant: qk_norm_rope is not"
                 f" differentiable in its tables (use {name}.detach(), or fastvit.reference)"
             )
+
+
+def _check_tables(query: Tensor, cos: Tensor, sin: Tensor) -> None:
+    batch, _, tokens, dim = query.shape
+    for name, table in (("cos", cos), ("sin", sin)):
         lead = tuple(table.shape[:-2])
         fits = 2 <= table.dim() <= 4 and lead in ((), (1,), (batch,), (1, 1), (batch, 1))
         if not fits or table.shape[-1] != dim or not 1 <= table.shape[-2] <= tokens:
@@ -272,6 +343,7 @@ def _check_tables(query: Tensor, cos: Tensor, sin: Tensor) -> None:
         raise ValueError(f"query has shape {_shape(query)}; expected an even head_dim for rotary positions")
 
 
+@remembered
 def check_qk_norm_rope(
     query: Tensor,
     key: Tensor,
@@ -280,9 +352,12 @@ def check_qk_norm_rope(
     interleaved: Any,
     norm: str | None,
     eps: Any,
-    **params: Tensor | None,
+    query_weight: Tensor | None,
+    query_bias: Tensor | None,
+    key_weight: Tensor | None,
+    key_bias: Tensor | None,
 ) -> None:
-    """``params``: query_weight, query_bias, key_weight, key_bias."""
+    params = {"query_weight": query_weight, "query_bias": query_bias, "key_weight": key_weight, "key_bias": key_bias}
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved is {interleaved!r}; expected True or False")
     if norm not in (None, "layer", "rms"):

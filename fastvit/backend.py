@@ -116,7 +116,7 @@ def resolve(tensor: torch.Tensor, *, float32_products: bool = False, setting: st
         return "torch"
     if setting == "auto" and float32_products and tensor.dtype == torch.float32:
         return "torch"
-    reason = why_not_triton(tensor.device)
+    reason = _why_not_gpu(tensor.get_device()) if tensor.is_cuda else why_not_triton(tensor.device)
     if reason is None and tensor.dtype == torch.float64:
         reason = "the kernels compute in float32, which would lose a float64 input's precision"
     if reason is None:

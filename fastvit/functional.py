@@ -10,11 +10,15 @@ Wrong input raises ``TypeError`` (not a tensor of a dtype above, mixed dtypes, n
 (shapes, devices, head_dim over 256, a negative eps), naming the argument, its shape and what was expected.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from .backend import resolve
+from .backend import get_backend, resolve
+from .ops import _instant, torch_backend, torch_image_attention
 from .ops import attention as _attention_op
 from .ops import glu as _glu_op
 from .ops import image_attention as _image_attention_op
@@ -22,7 +26,7 @@ from .ops import layer_norm as _layer_norm_op
 from .ops import linear as _linear_op
 from .ops import rotary as _rotary_op
 from .ops import rotary_attention as _rotary_attention_op
-from .ops import torch_backend, torch_image_attention
+from .ops._common import wants_grad
 
 __all__ = [
     "add_layer_norm",
@@ -37,8 +41,12 @@ __all__ = [
 ]
 
 
-def _autocast(device_type: str, *tensors: Tensor | None, to_float32: bool = False) -> tuple:
-    """The tensors as autocast would hand them to an operator of its lower-precision (or float32) list."""
+def _autocast(*tensors: Any, to_float32: bool = False) -> tuple:
+    """The tensors as autocast would hand them to an operator of its lower-precision (or float32) list; the first one's device
+    decides."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors  # the checks refuse it
+    device_type = "cuda" if tensors[0].is_cuda else tensors[0].device.type
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.float32 if to_float32 else torch.get_autocast_dtype(device_type)
@@ -73,8 +81,11 @@ def attention(
         (B, H, N, Dv). A row with nothing to attend to gives zeros and zero gradients. Differentiable in query, key, value,
         an additive attn_mask, rel_h and rel_w.
     """
-    if isinstance(query, Tensor) and torch.is_autocast_enabled(query.device.type):
-        query, key, value = _autocast(query.device.type, query, key, value)
+    return _instant.run(_attention, query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+
+
+def _attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w):
+    query, key, value = _autocast(query, key, value)
     _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
     if resolve(query, float32_products=rel_h is None) == "triton":
@@ -111,8 +122,12 @@ def image_attention(
     Returns:
         (B, Hi, Wi, C). Differentiable in qkv, both tables and pad_qkv.
     """
-    if isinstance(qkv, Tensor):
-        qkv, rel_pos_h, rel_pos_w, pad_qkv = _autocast(qkv.device.type, qkv, rel_pos_h, rel_pos_w, pad_qkv)
+    tables = rel_pos_h, rel_pos_w
+    return _instant.run(_image_attention, qkv, num_heads, *tables, window_size, pad_qkv, scale)
+
+
+def _image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window_size, pad_qkv, scale):
+    qkv, rel_pos_h, rel_pos_w, pad_qkv = _autocast(qkv, rel_pos_h, rel_pos_w, pad_qkv)
     _checks.check_image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window_size, pad_qkv, scale)
     height, width, channels = qkv.shape[1:]
     window = (window_size, window_size) if window_size else (height, width)
@@ -138,11 +153,14 @@ def layer_norm(
     Returns:
         a tensor of the input's shape and dtype.
     """
-    if isinstance(input, Tensor):
-        input, weight, bias = _autocast(input.device.type, input, weight, bias, to_float32=True)
+    return _instant.run(_layer_norm, input, weight, bias, eps, statistics)
+
+
+def _layer_norm(input, weight, bias, eps, statistics):
+    input, weight, bias = _autocast(input, weight, bias, to_float32=True)
     _checks.check_layer_norm(input, weight, bias, eps, statistics)
     if resolve(input) == "triton":
-        return _layer_norm_op.layer_norm(input, weight, bias, eps, statistics)
+        return _layer_norm_op.layer_norm(input, weight, bias, float(eps), statistics)
     return torch_backend.layer_norm(input, weight, bias, eps, statistics)
 
 
@@ -166,17 +184,20 @@ def add_layer_norm(
     Returns:
         (normalized, total), of the residual's shape and the two inputs' promoted dtype.
     """
-    if isinstance(residual, Tensor):
-        cast = _autocast(residual.device.type, residual, branch, weight, bias, layer_scale, to_float32=True)
-        residual, branch, weight, bias, layer_scale = cast
+    return _instant.run(_add_layer_norm, residual, branch, weight, bias, eps, layer_scale)
+
+
+def _add_layer_norm(residual, branch, weight, bias, eps, layer_scale):
+    cast = _autocast(residual, branch, weight, bias, layer_scale, to_float32=True)
+    residual, branch, weight, bias, layer_scale = cast
     _checks.check_add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
     if resolve(branch if branch.dtype == torch.float64 else residual) == "triton":
-        return _layer_norm_op.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
+        return _layer_norm_op.add_layer_norm(residual, branch, weight, bias, float(eps), layer_scale)
     return torch_backend.add_layer_norm(residual, branch, weight, bias, eps, layer_scale)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """activation(x·Wᵀ + b), bias and activation in the matrix product's epilogue.
+    """activation(x·Wᵀ + b), bias and activation in the matrix product's epilogue; PyTorch's own linear, on ``auto``, without one.
 
     Args:
         input: (..., in).
@@ -187,9 +208,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     Returns:
         (..., out).
     """
-    if isinstance(input, Tensor):
-        input, weight, bias = _autocast(input.device.type, input, weight, bias)
+    if activation is None:  # nothing of ours to launch, perhaps
+        return _linear(input, weight, bias, None)
+    return _instant.run(_linear, input, weight, bias, activation)
+
+
+def _linear(input, weight, bias, activation):
+    input, weight, bias = _autocast(input, weight, bias)
     _checks.check_linear(input, weight, bias, activation)
+    if activation is None and input.is_cuda and get_backend() == "auto":  # nothing to fuse
+        return F.linear(input, weight, bias)
     if resolve(input, float32_products=True) == "triton":
         return _linear_op.linear(input, weight, bias, activation)
     return torch_backend.linear(input, weight, bias, activation)
@@ -215,20 +243,12 @@ def mlp(
     Returns:
         (..., out).
     """
-    if isinstance(input, Tensor):
-        cast = _autocast(input.device.type, input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
-    _checks.check_linear(input, fc1_weight, fc1_bias, activation, prefix="fc1_")
-    names = {"input": input, "fc2_weight": fc2_weight, "fc2_bias": fc2_bias}
-    _checks.check_tensors("input", ("fc2_weight",), **names)
-    _checks.check_same_dtype("input", **names)
-    _checks.check_rank("fc2_weight", fc2_weight, 2, "(out features, hidden features)")
-    out_features = fc2_weight.shape[0]
-    if out_features == 0:
-        raise ValueError(f"fc2_weight has shape {tuple(fc2_weight.shape)}; expected at least one output feature")
-    _checks.check_shape("fc2_weight", fc2_weight, (out_features, fc1_weight.shape[0]), "fc1_weight's outputs are its inputs")
-    _checks.check_shape("fc2_bias", fc2_bias, (out_features,), "one value an output of fc2_weight")
+    cast = _autocast(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+    input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
+    _checks.check_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     if resolve(input, float32_products=True) == "triton":
+        if not torch.compiler.is_compiling() and not wants_grad(*cast):  # nothing is kept for backward: two linears
+            return linear(linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
         return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
@@ -269,18 +289,26 @@ def qk_norm_rope(
     Raises:
         ValueError: neither tables nor a norm, one table without the other, or a table that requires a gradient.
     """
-    params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
-    _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, **params)
+    params = query_weight, query_bias, key_weight, key_bias
+    return _instant.run(_qk_norm_rope, query, key, cos, sin, interleaved, norm, *params, eps)
+
+
+def _qk_norm_rope(query, key, cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps):
+    params = query_weight, query_bias, key_weight, key_bias
+    _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, *params)
+    _checks.check_constant(cos=cos, sin=sin)
     cos, sin = _tables(cos), _tables(sin)
     op = _rotary_op if resolve(query) == "triton" else torch_backend
-    return op.qk_norm_rope(query, key, cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps)
+    return op.qk_norm_rope(query, key, cos, sin, interleaved, norm, *params, float(eps))
 
 
 def _tables(table: Tensor | None) -> Tensor | None:
     """cos or sin of any accepted shape as (1 or B, T, D)."""
     if table is None:
         return None
-    return table.squeeze(1) if table.dim() == 4 else table.reshape(-1, *table.shape[-2:])
+    if table.dim() == 3:
+        return table
+    return table.squeeze(1) if table.dim() == 4 else table[None]
 
 
 def rotary_attention(
@@ -316,11 +344,34 @@ def rotary_attention(
     Raises:
         ValueError: neither tables nor a norm, one table without the other, or a table that requires a gradient.
     """
+    positions = cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps
+    return _instant.run(_rotary_attention, query, key, value, *positions, attn_mask, is_causal, scale)
+
+
+def _rotary_attention(
+    query,
+    key,
+    value,
+    cos,
+    sin,
+    interleaved,
+    norm,
+    query_weight,
+    query_bias,
+    key_weight,
+    key_bias,
+    eps,
+    attn_mask,
+    is_causal,
+    scale,
+):
     params = dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
     if attn_mask is None and is_causal is False and _triton_attends(query, key, value):
-        _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, **params)
+        parameters = query_weight, query_bias, key_weight, key_bias
+        _checks.check_qk_norm_rope(query, key, cos, sin, interleaved, norm, eps, *parameters)
+        _checks.check_constant(cos=cos, sin=sin)
         _checks.check_attention(query, key, value, None, None, None, is_causal, scale)
-        tables, parameters = (_tables(cos), _tables(sin)), (query_weight, query_bias, key_weight, key_bias)
+        tables, eps = (_tables(cos), _tables(sin)), float(eps)
         scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
         return _rotary_attention_op.rotary_attention(query, key, value, *tables, interleaved, norm, *parameters, eps, scale)
     query, key = qk_norm_rope(query, key, cos, sin, interleaved=interleaved, norm=norm, eps=eps, **params)
@@ -347,6 +398,10 @@ def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:
     Returns:
         (..., C).
     """
+    return _instant.run(_glu, gate, value, activation)
+
+
+def _glu(gate, value, activation):
     _checks.check_glu(gate, value, activation)
     if resolve(gate) == "triton":
         return _glu_op.glu(gate, value, activation)

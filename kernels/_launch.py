@@ -2,9 +2,10 @@
 
 ``launch`` sets the device, and ``target_of`` names the GPU that launch configs are looked up for. Under ``record`` nothing
 runs: each launch is handed over as it would have been made, which is how kernels are compiled and inspected for GPUs that
-are not present.
+are not present. ``_plans`` repeats launches that were made here, without deciding anything again.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,7 +79,7 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
     """
     if 0 in grid:
         return
-    options: dict[str, int] = {name: row[name] for name in ("num_warps", "num_stages") if name in row}
+    options: dict[str, Any] = {name: row[name] for name in ("num_warps", "num_stages") if name in row}
     names = kernel.arg_names
     arguments |= {name: value for name, value in row.items() if name in names and name not in arguments}
     if _recorder is not None:
@@ -86,8 +87,59 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
         return
     if not tensor.is_cuda:
         kernel[grid](**arguments, **options)
-    elif tensor.device.index == torch.cuda.current_device():
-        kernel[grid](**arguments, **options, enable_fp_fusion=True)
+        return
+    options["enable_fp_fusion"] = True
+    if tensor.get_device() == torch.cuda.current_device():
+        compiled = kernel[grid](**arguments, **options)
     else:
         with torch.cuda.device(tensor.device):
-            kernel[grid](**arguments, **options, enable_fp_fusion=True)
+            compiled = kernel[grid](**arguments, **options)
+    if _observer.made is not None:
+        _observer.made.append((kernel, grid, arguments, compiled))
+
+
+def as_matrix(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(rows, channels, row stride) of a matrix, or of a contiguous (..., channels) seen as one."""
+    channels = tensor.shape[-1]
+    if tensor.dim() == 2:
+        return tensor.shape[0], channels, tensor.stride(0)
+    return tensor.numel() // channels, channels, channels
+
+
+def row_stride(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else as_matrix(tensor)[2]
+
+
+class _Observer(threading.local):
+    made: list[tuple] | None = None
+
+
+_observer = _Observer()
+
+
+@contextmanager
+def observe() -> Iterator[list[tuple]]:
+    """Collects (kernel, grid, arguments by name, compiled kernel) of the launches that this thread makes on a GPU inside."""
+    outer = _observer.made
+    made: list[tuple] = []
+    _observer.made = made
+    try:
+        yield made
+    finally:
+        _observer.made = outer
+        if outer is not None:
+            outer += made
+
+
+def observed() -> bool:
+    return _observer.made is not None
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """Exact float32 products unless the user has allowed PyTorch's own matrix products to use TF32."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The newer setting where PyTorch has it: once a user has set that one, reading the older one raises.
+    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if allowed else "ieee"

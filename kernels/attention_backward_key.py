@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._attention import biased_scores, gather_rel, load_tile, power, store_tile
 from ._launch import launch
+from ._plans import planned
 from .attention_forward import common_arguments, row_for
 
 
@@ -163,6 +164,7 @@ def _attention_backward_key(
         store_tile(dv_ptr, dv_tail, column, keys, stride_dv_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
+@planned
 def launch_attention_backward_key(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ._attention import biased_scores, gather_rel, load_tile, power
 from ._launch import launch
+from ._plans import planned
 from .attention_forward import common_arguments, row_for
 
 
@@ -154,6 +155,7 @@ def _attention_backward_mask(
     tl.store(dmask_ptr + offsets, acc.to(dmask_ptr.dtype.element_ty), mask=stored)
 
 
+@planned
 def launch_attention_backward_mask(
     q: torch.Tensor,
     k: torch.Tensor,

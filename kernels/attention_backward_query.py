@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ._attention import biased_scores, load_tile, power, store_tile
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 from .attention_forward import common_arguments, row_for
 
@@ -301,6 +302,7 @@ def _attention_backward_query(
         store_tile(dq_ptr, dq_tail * scale, row, queries, stride_dq_row, MAIN, TAIL, DIM)
 
 
+@planned
 def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
     """Fills delta [B, H, N]."""
     row = config("attention_delta", target_of(out))
@@ -332,6 +334,7 @@ def rel_blocks(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_
     return triton.cdiv(rel_w.shape[3], row_for("attention_backward_query", q, v, mask, rel_w)["BLOCK_N"])
 
 
+@planned
 def launch_attention_backward_query(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from ._attention import MIN_DOT, load_tile, masked_scores, softmax_step, split_head_dim, store_tile
-from ._launch import launch, target_of
+from ._launch import input_precision, launch, target_of
+from ._plans import planned
 from ._tuning import config
-from .linear import input_precision
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def _attention_forward(
     rel_h_ptr,  # [B, H, N, Kh] or None
     rel_w_ptr,  # [B, H, N, Kw] or None
     out_ptr,  # [B, H, N, Dv]
-    lse_ptr,  # [B, H, N]
+    lse_ptr,  # [B, H, N] or None
     heads,
     groups,
     queries,
@@ -299,7 +299,8 @@ def _attention_forward(
     if MASK == "additive":
         log_total *= 0.6931471805599453
     lse = tl.where(empty, float("inf"), peak + log_total)
-    tl.store(lse_ptr + batch_head * queries + row, lse, mask=row < queries)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + batch_head * queries + row, lse, mask=row < queries)
     out_ptr += batch * stride_out_batch + head * stride_out_head
     store_tile(out_ptr, acc * inverse[:, None], row, queries, stride_out_row, 0, VALUE_MAIN, VALUE_DIM)
     if VALUE_TAIL > 0:
@@ -309,18 +310,17 @@ def _attention_forward(
 def mask_kind(mask: torch.Tensor | None) -> str:
     if mask is None:
         return "none"
-    return "bool" if mask.dtype == torch.bool else "additive"
+    return "bool" if mask.dtype == torch.uint8 else "additive"
 
 
 def mask_arguments(mask: torch.Tensor | None) -> dict:
-    """Pointer and broadcast strides of a four-dimensional mask (bool as bytes)."""
+    """Pointer and broadcast strides of a four-dimensional mask, a boolean one seen as bytes."""
     names = ("stride_mask_batch", "stride_mask_head", "stride_mask_row", "stride_mask_column")
     if mask is None:
         return {"mask_ptr": None, "WIDE_MASK": False, **dict.fromkeys(names, 0)}
     strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
     span = sum(size * stride for size, stride in zip(mask.shape[2:], strides[2:], strict=True))
-    pointer = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    return {"mask_ptr": pointer, "WIDE_MASK": span >= 2**31, **dict(zip(names, strides, strict=True))}
+    return {"mask_ptr": mask, "WIDE_MASK": span >= 2**31, **dict(zip(names, strides, strict=True))}
 
 
 def common_arguments(
@@ -383,6 +383,7 @@ def row_for(
     return row | {"BLOCK_N": min(row["BLOCK_N"], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))}
 
 
+@planned
 def launch_attention_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -393,9 +394,9 @@ def launch_attention_forward(
     is_causal: bool,
     scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
-    """Fills out and lse; every tensor's last stride is 1, rel_h, rel_w and lse are contiguous, the mask has four dimensions."""
+    """Fills out, and lse unless None; every last stride is 1, rel_h, rel_w, lse are contiguous, the mask has four dimensions."""
     row = row_for("attention_forward", q, v, mask, rel_w)
     arguments = common_arguments(q, k, v, mask, rel_h, scale)
     launch(

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, target_of
+from ._launch import as_matrix, launch, row_stride, target_of
 from ._math import activate, activation_derivative, sigmoid
+from ._plans import planned
 from ._tuning import config
 
 
@@ -103,9 +104,10 @@ def _grid(rows: int, channels: int, row: dict[str, int]) -> tuple[int]:
     return (triton.cdiv(rows, row["BLOCK_ROWS"]) * triton.cdiv(channels, row["BLOCK_C"]),)
 
 
+@planned
 def launch_glu_forward(gate: torch.Tensor, value: torch.Tensor, activation: str, out: torch.Tensor) -> None:
-    """Fills out [rows, channels], contiguous; gate and value have last stride 1."""
-    rows, channels = gate.shape
+    """Fills out, contiguous; gate and value are [rows, channels] with last stride 1, or contiguous [..., channels]."""
+    rows, channels, stride = as_matrix(gate)
     row = config("glu", target_of(gate))
     launch(
         "glu",
@@ -118,13 +120,14 @@ def launch_glu_forward(gate: torch.Tensor, value: torch.Tensor, activation: str,
         out_ptr=out,
         rows=rows,
         channels=channels,
-        stride_gate_row=gate.stride(0),
-        stride_value_row=value.stride(0),
+        stride_gate_row=stride,
+        stride_value_row=row_stride(value),
         ACTIVATION=activation,
         EXACT=gate.dtype == torch.float32,
     )
 
 
+@planned
 def launch_glu_backward(
     dout: torch.Tensor, gate: torch.Tensor, value: torch.Tensor, activation: str, dgate: torch.Tensor, dvalue: torch.Tensor
 ) -> None:

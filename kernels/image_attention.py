@@ -12,9 +12,8 @@ import triton
 import triton.language as tl
 
 from ._attention import MIN_DOT, split_head_dim
-from ._launch import target_of
+from ._launch import input_precision, target_of
 from ._tuning import config
-from .linear import input_precision
 
 
 @triton.jit

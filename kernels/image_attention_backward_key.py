@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
+from ._plans import planned
 from .image_attention import key_tile, load_keys, load_rows, row_for, store_rows, window_arguments, window_corner, windows_of
 
 
@@ -157,6 +158,7 @@ def pad_parts(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
     return qkv.shape[0] * windows[0] * windows[1] * tiles[0] * tiles[1]
 
 
+@planned
 def launch_image_attention_backward_key(
     qkv: torch.Tensor,
     pad: torch.Tensor | None,

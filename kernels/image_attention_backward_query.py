@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch
+from ._plans import planned
 from .image_attention import (
     key_tile,
     load_keys,
@@ -169,6 +170,7 @@ def passes_of(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
     return triton.cdiv(window[1], row_for("image_attention_backward_query", qkv, heads, window)[1]["KEY_COLUMNS"])
 
 
+@planned
 def launch_image_attention_backward_query(
     qkv: torch.Tensor,
     pad: torch.Tensor | None,

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ._attention import softmax_step
 from ._launch import launch
+from ._plans import planned
 from .image_attention import (
     key_tile,
     load_keys,
@@ -41,7 +42,7 @@ def _image_attention_forward(
     rel_h_ptr,  # [B, H, Hi·Wi, h], with TABLE the table [2h − 1, D], or None
     rel_w_ptr,  # [B, H, Hi·Wi, w], with TABLE the table [2w − 1, D], or None
     out_ptr,  # [B, Hi, Wi, H, D]
-    lse_ptr,  # [B, H, Hi·Wi]
+    lse_ptr,  # [B, H, Hi·Wi] or None
     heads,
     height,
     width,
@@ -145,7 +146,8 @@ def _image_attention_forward(
                 v_tail = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
 
-    tl.store(lse_ptr + index, peak + tl.log2(total), mask=inside)
+    if lse_ptr is not None:
+        tl.store(lse_ptr + index, peak + tl.log2(total), mask=inside)
     inverse = (1.0 / total)[:, None]
     out_rows = out_ptr + (batch * tokens + token) * channels + head * DIM
     store_rows(out_rows, acc * inverse, inside, 0, MAIN, DIM)
@@ -159,6 +161,7 @@ def table_size(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> int:
     return size if 2 * max(window) - 1 <= size else 0
 
 
+@planned
 def launch_image_attention_forward(
     qkv: torch.Tensor,
     pad: torch.Tensor | None,
@@ -168,9 +171,9 @@ def launch_image_attention_forward(
     window: tuple[int, int],
     scale: float,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
-    """Fills out and lse; rel_h and rel_w are the tables where there is a ``table_size``."""
+    """Fills out, and lse unless None; rel_h and rel_w are the tables where there is a ``table_size``."""
     row, tile = row_for("image_attention_forward", qkv, heads, window)
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])

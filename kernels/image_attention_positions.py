@@ -16,6 +16,7 @@ import triton.language as tl
 
 from ._attention import MIN_DOT
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 from .image_attention import load_rows, store_rows, window_arguments
 
@@ -200,21 +201,25 @@ def _launch(qkv, tables, heads, window, rel_h, rel_w, dqkv, axis, axes) -> None:
     )
 
 
+@planned
 def launch_positions(
     qkv: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
     heads: int,
     window: tuple[int, int],
     rel_h: torch.Tensor,
     rel_w: torch.Tensor,
 ) -> None:
     """Fills rel_h and rel_w."""
-    _launch(qkv, tables, heads, window, rel_h, rel_w, None, 0, 2)
+    _launch(qkv, (table_h, table_w), heads, window, rel_h, rel_w, None, 0, 2)
 
 
+@planned
 def launch_positions_backward(
     qkv: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
+    table_h: torch.Tensor,
+    table_w: torch.Tensor,
     heads: int,
     window: tuple[int, int],
     drel_h: torch.Tensor,
@@ -223,4 +228,4 @@ def launch_positions_backward(
 ) -> None:
     """Adds what goes through the relative positions to the dq in dqkv, one axis after the other."""
     for axis in (0, 1):
-        _launch(qkv, tables, heads, window, drel_h, drel_w, dqkv, axis, 1)
+        _launch(qkv, (table_h, table_w), heads, window, drel_h, drel_w, dqkv, axis, 1)

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, target_of
+from ._launch import as_matrix, launch, row_stride, target_of
+from ._plans import planned
 from ._tuning import config
 
 MAX_CHANNELS = 16384
@@ -33,8 +34,8 @@ def _layer_norm_forward(
     bias_ptr,  # [channels] or None
     y_ptr,  # [rows, channels]
     total_ptr,  # [rows, channels] or None
-    mean_ptr,  # [rows]
-    rstd_ptr,  # [rows]
+    mean_ptr,  # [rows] or None
+    rstd_ptr,  # [rows], with the mean
     rows,
     channels,
     stride_x_row,
@@ -65,8 +66,9 @@ def _layer_norm_forward(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=row < rows)
+        tl.store(rstd_ptr + row, rstd, mask=row < rows)
 
 
 @triton.jit
@@ -139,6 +141,7 @@ def _layer_norm_backward(
         tl.store(dscale_ptr + program * channels + column, tl.sum(dscale, axis=0), mask=inside)
 
 
+@planned
 def launch_layer_norm_forward(
     x: torch.Tensor,
     branch: torch.Tensor | None,
@@ -148,11 +151,12 @@ def launch_layer_norm_forward(
     eps: float,
     y: torch.Tensor,
     total: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor | None,
 ) -> None:
-    """Fills y, total, mean and rstd. Matrices are [rows, channels] with last stride 1; y and total are contiguous."""
-    rows, channels = x.shape
+    """Fills y, total, and mean and rstd unless None. Matrices are [rows, channels] with last stride 1, or contiguous
+    [..., channels]; y and total are contiguous."""
+    rows, channels, stride = as_matrix(x)
     row = config("layer_norm_forward", target_of(x), channels=channels)
     launch(
         "layer_norm_forward",
@@ -171,8 +175,8 @@ def launch_layer_norm_forward(
         rstd_ptr=rstd,
         rows=rows,
         channels=channels,
-        stride_x_row=x.stride(0),
-        stride_branch_row=0 if branch is None else branch.stride(0),
+        stride_x_row=stride,
+        stride_branch_row=row_stride(branch),
         eps=eps,
         BLOCK_C=max(16, triton.next_power_of_2(channels)),
     )
@@ -185,6 +189,7 @@ def backward_programs(x: torch.Tensor) -> int:
     return min(triton.cdiv(rows, row["BLOCK_ROWS"]), row["PROGRAMS"])
 
 
+@planned
 def launch_layer_norm_backward(
     dy: torch.Tensor,
     dtotal: torch.Tensor | None,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 
 
@@ -234,6 +235,7 @@ def _shape(x: torch.Tensor, strips: int) -> dict[str, int]:
     return {"tokens": x.shape[1], "channels": x.shape[2], "strips": strips, "tokens_per_strip": tokens_per_strip}
 
 
+@planned
 def launch_image_forward(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -271,6 +273,7 @@ def launch_image_forward(
     )
 
 
+@planned
 def launch_image_backward(
     dy: torch.Tensor,
     x: torch.Tensor,

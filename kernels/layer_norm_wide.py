@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, target_of
+from ._launch import as_matrix, launch, row_stride, target_of
+from ._plans import planned
 from ._tuning import config
 
 
@@ -173,6 +174,7 @@ def _wide_backward_weight(
         tl.store(dscale_ptr + strip * channels + column, tl.sum(dscale, axis=0), mask=inside)
 
 
+@planned
 def launch_wide_forward(
     x: torch.Tensor,
     branch: torch.Tensor | None,
@@ -185,8 +187,8 @@ def launch_wide_forward(
     mean: torch.Tensor,
     rstd: torch.Tensor,
 ) -> None:
-    """As ``launch_layer_norm_forward``, for any number of channels."""
-    rows, channels = x.shape
+    """As ``launch_layer_norm_forward``, for any number of channels; mean and rstd are always filled."""
+    rows, channels, stride = as_matrix(x)
     launch(
         "layer_norm_wide",
         _wide_forward,
@@ -203,12 +205,13 @@ def launch_wide_forward(
         mean_ptr=mean,
         rstd_ptr=rstd,
         channels=channels,
-        stride_x_row=x.stride(0),
-        stride_branch_row=0 if branch is None else branch.stride(0),
+        stride_x_row=stride,
+        stride_branch_row=row_stride(branch),
         eps=eps,
     )
 
 
+@planned
 def launch_wide_backward(
     dy: torch.Tensor,
     dtotal: torch.Tensor | None,

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._launch import launch, target_of
+from ._launch import as_matrix, input_precision, launch, row_stride, target_of
 from ._math import activate, activation_derivative
+from ._plans import planned
 from ._tuning import config
 
 
@@ -125,16 +126,7 @@ def _activation_backward(
     tl.store(dpre_ptr + index, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
 
 
-def input_precision(dtype: torch.dtype) -> str:
-    """Exact float32 products unless the user has allowed PyTorch's own matrix products to use TF32."""
-    if dtype != torch.float32:
-        return "ieee"
-    matmul = torch.backends.cuda.matmul
-    # The newer setting where PyTorch has it: once a user has set that one, reading the older one raises.
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
-
-
+@planned
 def launch_linear(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -145,8 +137,9 @@ def launch_linear(
     activation: str | None = None,
     backward: bool = False,
 ) -> None:
-    """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1."""
-    (m, k), n = a.shape, b.shape[0]
+    """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1. All but b may be
+    contiguous with more dimensions instead."""
+    (m, k, stride_a_m), n, stride_a_k = as_matrix(a), b.shape[0], a.stride(-1)
     op = "linear_backward" if backward else "linear"
     row = config(op, target_of(a), element_size=a.element_size(), rows=m)
     launch(
@@ -164,15 +157,15 @@ def launch_linear(
         M=m,
         N=n,
         K=k,
-        stride_a_m=a.stride(0),
-        stride_a_k=a.stride(1),
+        stride_a_m=stride_a_m,
+        stride_a_k=stride_a_k,
         stride_b_n=b.stride(0),
         stride_b_k=b.stride(1),
-        stride_pre_m=0 if pre is None else pre.stride(0),
-        stride_out_m=out.stride(0),
+        stride_pre_m=row_stride(pre),
+        stride_out_m=row_stride(out),
         ACTIVATION=activation or "none",
         BACKWARD=backward,
-        A_TRANSPOSED=a.stride(1) != 1,
+        A_TRANSPOSED=stride_a_k != 1,
         B_TRANSPOSED=b.stride(1) != 1,
         EVEN_K=k % row["BLOCK_K"] == 0,
         EXACT=a.dtype == torch.float32,
@@ -180,6 +173,7 @@ def launch_linear(
     )
 
 
+@planned
 def launch_activation_backward(dy: torch.Tensor, pre: torch.Tensor, dpre: torch.Tensor, activation: str) -> None:
     """dpre = dy · activate'(pre), all contiguous and of one shape."""
     row = config("activation_backward", target_of(dy))

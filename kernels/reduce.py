@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 
 
@@ -42,6 +43,7 @@ def strips_for(rows: int, x: torch.Tensor) -> int:
     return min(triton.cdiv(rows, 256), config("column_sum", target_of(x))["MAX_STRIPS"])
 
 
+@planned
 def launch_column_sum(x: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out [strips, channels] from x [rows, channels], whose last stride is 1."""
     rows, channels = x.shape

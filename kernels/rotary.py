@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 
 
@@ -481,6 +482,7 @@ def _shapes(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor | None) ->
     return dict(heads=heads, key_heads=key.shape[1], tokens=tokens, prefix=prefix, DIM=dim, BLOCK=block)
 
 
+@planned
 def launch_qk_norm_rope(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -536,6 +538,7 @@ def backward_programs(x: torch.Tensor) -> int:
     return min(batch * triton.cdiv(tokens, row["BLOCK_ROWS"]) * triton.cdiv(heads, row["GROUP"]), row["PROGRAMS"])
 
 
+@planned
 def launch_qk_norm_rope_backward(
     dquery_out: torch.Tensor,
     dkey_out: torch.Tensor,

@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 
 from ._attention import MIN_DOT, load_tile, split_head_dim, store_tile
-from ._launch import launch, target_of
+from ._launch import input_precision, launch, target_of
+from ._plans import planned
 from ._tuning import config
-from .linear import input_precision
 from .rotary import _load_pair, _load_parameter, _load_tables, _normalize, _strides
 
 
@@ -262,6 +262,7 @@ def max_tokens(query: torch.Tensor, value: torch.Tensor, norm: str | None) -> in
     return _row(query, value, norm)["MAX_TOKENS"]
 
 
+@planned
 def launch_rotary_attention(
     query: torch.Tensor,
     key: torch.Tensor,

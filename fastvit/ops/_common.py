@@ -1,23 +1,83 @@
 """What the operators share: the ``torch.library`` namespace, the base Function, and the layouts kernels accept."""
 
 import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import Library
 
 library = Library("fastvit", "DEF")
 
 
-def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = ("CUDA", "CPU")) -> None:
-    """Registers ``fastvit::<schema>`` with its kernel (CUDA and, in the interpreter, CPU) and its shape function."""
+class _Kernels:
+    """The modules of ``fastvit.kernels`` by name, imported when first used: they need Triton, this package does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(f"..kernels.{name}", __package__)
+        setattr(self, name, module)
+        return module
+
+
+kernels = _Kernels()
+
+
+def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = ("CUDA", "CPU")) -> Callable[..., Any]:
+    """Registers ``fastvit::<schema>`` with its kernel (CUDA and, in the interpreter, CPU) and its shape function.
+
+    Where the schema has a tensor, the implementation may return None for what was not asked for; the operator returns an empty
+    tensor there. Returns a function that calls the operator, or its implementation itself where PyTorch's dispatcher would do
+    no more than that.
+    """
     name = schema.split("(")[0]
     library.define(schema)
+
+    def kernel(*args: Any) -> Any:
+        out = implementation(*args)
+        if isinstance(out, Tensor):
+            return out
+        like = next(arg for arg in args if isinstance(arg, Tensor))
+        return tuple(like.new_empty(0) if t is None else t for t in out)
+
     for key in keys:
-        library.impl(name, implementation, key)
+        library.impl(name, kernel, key)
     torch.library.register_fake(f"fastvit::{name}", fake, lib=library)
+    operator = getattr(torch.ops.fastvit, name).default
+
+    def call(*args: Any) -> Any:
+        return implementation(*args) if direct(*args) else operator(*args)
+
+    return call
+
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transforms, _tracing, _profiling = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+
+
+def nothing_between() -> bool:
+    """Whether no mode, transform, trace or profile stands between an operator's call and its kernel."""
+    return not (_dispatch_modes() or _function_modes() or _transforms() or _profiling() or _tracing() is not None)
+
+
+def direct(*args: Any) -> bool:
+    """Whether PyTorch's dispatcher would do no more than call the kernel: nothing between them, and plain tensors."""
+    if torch.compiler.is_compiling() or not nothing_between():
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is nn.Parameter:
+            if arg.is_neg():  # negated when read, which kernels do not know
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
 
 
 class Operator(torch.autograd.Function):
@@ -64,9 +124,13 @@ def _refusing_forward_mode(function: type[Operator]) -> type[Operator]:
 def apply(function: type[Operator], *args: Any) -> Any:
     """``function.apply``; forward-mode differentiation is refused by a subclass, as torch.compile takes no Function with
     a ``jvp`` of its own."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return function.apply(*args)
+    if forward_ad._current_level >= 0:
         function = _refusing_forward_mode(function)
-    return function.apply(*args)
+    if _transforms():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # no defaults to look up at every call
 
 
 def run_backward(operator: Any, *args: Any) -> tuple:
@@ -79,9 +143,13 @@ def run_backward(operator: Any, *args: Any) -> tuple:
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
     differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""
-    if not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0):
+    if not torch.compiler.is_compiling() and (_transforms() or forward_ad._current_level >= 0):
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -97,6 +165,11 @@ def distinct(*tensors: Tensor | None) -> list[Tensor | None]:
             seen.append(tensor)
         out.append(tensor)
     return out
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as it is, which kernels read as rows; of any other, ``as_rows``."""
+    return tensor if tensor.is_contiguous() else as_rows(tensor)
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -8,12 +8,17 @@ a row (lse), never a score.
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
+from ._common import Operator, apply, contiguous, define, direct, distinct, kernels, run_backward, wants_grad, with_unit_stride
 
 
 def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
     """(batch, heads, rows, dim), laid out (batch, rows, heads, dim); no view, which would refuse to be written over."""
     return like.new_empty_strided((batch, heads, rows, dim), (rows * heads * dim, dim, heads * dim, 1))
+
+
+def _as_bytes(mask: Tensor | None) -> Tensor | None:
+    """A boolean mask as the kernels read it; any other as it is."""
+    return mask.view(torch.uint8) if mask is not None and mask.dtype == torch.bool else mask
 
 
 def attention_forward(
@@ -25,15 +30,15 @@ def attention_forward(
     rel_w: Tensor | None,
     is_causal: bool,
     scale: float,
+    save: bool = True,
 ):
-    """Returns (out, lse); attn_mask has four dimensions, each of full size or 1."""
-    from ..kernels import attention_forward as kernel
-
+    """Returns (out, lse), lse only to ``save``; attn_mask has four dimensions, each of full size or 1."""
     batch, heads, queries, _ = query.shape
     out = _new_heads(query, batch, heads, queries, value.shape[3])
-    lse = query.new_empty(batch, heads, queries, dtype=torch.float32)
-    q, k, v = (with_unit_stride(t) for t in (query, key, value))
-    kernel.launch_attention_forward(q, k, v, attn_mask, contiguous(rel_h), contiguous(rel_w), is_causal, scale, out, lse)
+    lse = query.new_empty(batch, heads, queries, dtype=torch.float32) if save else None
+    q, k, v, mask = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value), _as_bytes(attn_mask)
+    rel = contiguous(rel_h), contiguous(rel_w)
+    kernels.attention_forward.launch_attention_forward(q, k, v, mask, *rel, is_causal, scale, out, lse)
     return out, lse
 
 
@@ -51,35 +56,33 @@ def attention_backward(
     scale: float,
     wants_mask: bool,
 ):
-    """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three empty where not wanted."""
-    from ..kernels import attention_backward_key, attention_backward_mask, attention_backward_query
-
+    """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three None where not wanted."""
     batch, heads, queries, dim = query.shape
     key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     q, k, v, dout = (with_unit_stride(t) for t in (query, key, value, grad))
     rel_h, rel_w = contiguous(rel_h), contiguous(rel_w)
-    inputs = (q, k, v, attn_mask, rel_h, rel_w, is_causal, scale, dout)
+    inputs = (q, k, v, _as_bytes(attn_mask), rel_h, rel_w, is_causal, scale, dout)
     dq = _new_heads(query, batch, heads, queries, dim)
     dk = _new_heads(key, batch, key_heads, keys, dim)
     dv = _new_heads(value, batch, key_heads, keys, value_dim)
     delta = torch.empty_like(lse)
-    drel_h, drel_w, dmask = (query.new_empty(0) for _ in range(3))  # outputs of an operator may not share memory
+    drel_h = drel_w = dmask = None
     if batch * heads == 0:
         likes = (attn_mask if wants_mask else None, rel_h, rel_w)
-        return dq, dk.zero_(), dv.zero_(), *(query.new_empty(0) if t is None else torch.zeros_like(t) for t in likes)
-    attention_backward_query.launch_delta(with_unit_stride(out), dout, delta)
+        return dq, dk.zero_(), dv.zero_(), *(None if t is None else torch.zeros_like(t) for t in likes)
+    kernels.attention_backward_query.launch_delta(with_unit_stride(out), dout, delta)
     if rel_h is None or rel_w is None:
-        attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, None, None)
+        kernels.attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, None, None)
     else:
-        blocks = attention_backward_query.rel_blocks(q, v, attn_mask, rel_w)
+        blocks = kernels.attention_backward_query.rel_blocks(q, v, attn_mask, rel_w)
         rows = rel_h.new_empty(*rel_h.shape, blocks, dtype=torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
-        attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, rows, drel_w)
+        kernels.attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, rows, drel_w)
         drel_h = rows.sum(-1).to(rel_h.dtype)
-    attention_backward_key.launch_attention_backward_key(*inputs, lse, delta, dk, dv)
+    kernels.attention_backward_key.launch_attention_backward_key(*inputs, lse, delta, dk, dv)
     if wants_mask and attn_mask is not None:
         dmask = attn_mask.new_empty(attn_mask.shape)
-        attention_backward_mask.launch_attention_backward_mask(*inputs, lse, delta, dmask)
+        kernels.attention_backward_mask.launch_attention_backward_mask(*inputs, lse, delta, dmask)
     return dq, dk, dv, dmask, drel_h, drel_w
 
 
@@ -95,13 +98,13 @@ def _fake_backward(grad, query, key, value, attn_mask, rel_h, rel_w, out, lse, i
     return *heads, *(query.new_empty(0) if t is None else t.new_empty(t.shape) for t in others)
 
 
-define(
+call_attention_forward = define(
     "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? rel_h, Tensor? rel_w,"
     " bool is_causal, float scale) -> (Tensor, Tensor)",
     attention_forward,
     _fake_forward,
 )
-define(
+call_attention_backward = define(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor? attn_mask, Tensor? rel_h, Tensor? rel_w,"
     " Tensor out, Tensor lse, bool is_causal, float scale, bool wants_mask)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -115,7 +118,7 @@ class Attention(Operator):
 
     @staticmethod
     def forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale):
-        return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
+        return call_attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -127,7 +130,7 @@ class Attention(Operator):
     def backward(ctx, grad, _lse):
         wants = ctx.needs_input_grad
         saved = ctx.saved_tensors
-        grads = run_backward(torch.ops.fastvit.attention_backward, grad, *saved, ctx.is_causal, ctx.scale, wants[3])
+        grads = run_backward(call_attention_backward, grad, *saved, ctx.is_causal, ctx.scale, wants[3])
         return *(g if want else None for g, want in zip(grads, wants[:6], strict=True)), None, None
 
 
@@ -141,8 +144,10 @@ def attention(
     rel_h: Tensor | None,
     rel_w: Tensor | None,
 ) -> Tensor:
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     if wants_grad(query, key, value, attn_mask, rel_h, rel_w):
         return apply(Attention, *distinct(query, key, value, attn_mask, rel_h, rel_w), is_causal, scale)[0]
-    return torch.ops.fastvit.attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]
+    if direct(query, key, value, attn_mask, rel_h, rel_w):
+        return attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale, save=False)[0]
+    return call_attention_forward(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)[0]

@@ -1,27 +1,23 @@
 """Gated linear units on the Triton kernels: raw operators, shape functions and autograd Function."""
 
-import torch
 from torch import Tensor
 
-from ._common import Operator, apply, as_rows, define, distinct, run_backward, wants_grad
+from ._common import Operator, apply, as_rows, define, distinct, kernels, matrix, run_backward, wants_grad
 
 
 def glu_forward(gate: Tensor, value: Tensor, activation: str) -> Tensor:
-    from ..kernels import glu as kernel
-
     out = gate.new_empty(gate.shape)
-    rows = as_rows(gate)
-    kernel.launch_glu_forward(rows, as_rows(value), activation, out.view(rows.shape))
+    kernels.glu.launch_glu_forward(matrix(gate), matrix(value), activation, out)
     return out
 
 
 def glu_backward(grad: Tensor, gate: Tensor, value: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """Returns (dgate, dvalue)."""
-    from ..kernels import glu as kernel
-
     dgate, dvalue = gate.new_empty(gate.shape), gate.new_empty(gate.shape)
     rows = as_rows(gate)
-    kernel.launch_glu_backward(as_rows(grad), rows, as_rows(value), activation, dgate.view(rows.shape), dvalue.view(rows.shape))
+    kernels.glu.launch_glu_backward(
+        as_rows(grad), rows, as_rows(value), activation, dgate.view(rows.shape), dvalue.view(rows.shape)
+    )
     return dgate, dvalue
 
 
@@ -33,8 +29,8 @@ def _fake_glu_backward(grad, gate, value, activation):
     return gate.new_empty(gate.shape), gate.new_empty(gate.shape)
 
 
-define("glu_forward(Tensor gate, Tensor value, str activation) -> Tensor", glu_forward, _fake_glu_forward)
-define(
+call_glu_forward = define("glu_forward(Tensor gate, Tensor value, str activation) -> Tensor", glu_forward, _fake_glu_forward)
+call_glu_backward = define(
     "glu_backward(Tensor grad, Tensor gate, Tensor value, str activation) -> (Tensor, Tensor)", glu_backward, _fake_glu_backward
 )
 
@@ -44,7 +40,7 @@ class GLU(Operator):
 
     @staticmethod
     def forward(gate, value, activation):
-        return torch.ops.fastvit.glu_forward(gate, value, activation)
+        return call_glu_forward(gate, value, activation)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -54,10 +50,10 @@ class GLU(Operator):
     @staticmethod
     def backward(ctx, grad):
         gate, value = ctx.saved_tensors
-        return *run_backward(torch.ops.fastvit.glu_backward, grad, gate, value, ctx.activation), None
+        return *run_backward(call_glu_backward, grad, gate, value, ctx.activation), None
 
 
 def glu(gate: Tensor, value: Tensor, activation: str) -> Tensor:
     if wants_grad(gate, value):
         return apply(GLU, *distinct(gate, value), activation)
-    return torch.ops.fastvit.glu_forward(gate, value, activation)
+    return call_glu_forward(gate, value, activation)

@@ -4,10 +4,12 @@ qkv is read where it lies, any strides but the last, and its gradient is written
 the output and one float32 a row (lse), never a score; relative positions are computed again.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
+from ._common import Operator, apply, contiguous, define, direct, distinct, kernels, run_backward, wants_grad, with_unit_stride
 
 
 def image_attention_forward(
@@ -16,30 +18,29 @@ def image_attention_forward(
     rel_pos_w: Tensor | None,
     pad_qkv: Tensor | None,
     num_heads: int,
-    window: list[int],
+    window: Sequence[int],
     scale: float,
+    save: bool = True,
 ):
-    """Returns (out, lse); ``window`` (h, w), tables (2h − 1, D) and (2w − 1, D)."""
-    from ..kernels import image_attention_forward as kernel
-
-    out, lse = _fake_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
+    """Returns (out, lse), lse only to ``save``; ``window`` (h, w), tables (2h − 1, D) and (2w − 1, D)."""
+    batch, height, width, channels = qkv.shape
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    lse = qkv.new_empty(batch, num_heads, height * width, dtype=torch.float32) if save else None
     qkv, pad, size = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1])
     rel: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
     if rel_pos_h is not None and rel_pos_w is not None:
         rel = rel_pos_h.contiguous(), rel_pos_w.contiguous()
-        if not kernel.table_size(qkv, num_heads, size):
+        if not kernels.image_attention_forward.table_size(qkv, num_heads, size):
             rel = _positions(qkv, rel, num_heads, size)
-    kernel.launch_image_attention_forward(qkv, pad, *rel, num_heads, size, scale, out, lse)
+    kernels.image_attention_forward.launch_image_attention_forward(qkv, pad, *rel, num_heads, size, scale, out, lse)
     return out, lse
 
 
 def _positions(qkv: Tensor, tables: tuple[Tensor, Tensor], num_heads: int, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """rel_h (B, H, Hi·Wi, h) and rel_w (B, H, Hi·Wi, w)."""
-    from ..kernels.image_attention_positions import launch_positions
-
     batch, height, width, _ = qkv.shape
     rel_h, rel_w = (qkv.new_empty(batch, num_heads, height * width, size) for size in window)
-    launch_positions(qkv, tables, num_heads, window, rel_h, rel_w)
+    kernels.image_attention_positions.launch_positions(qkv, *tables, num_heads, window, rel_h, rel_w)
     return rel_h, rel_w
 
 
@@ -57,34 +58,29 @@ def image_attention_backward(
     wants_tables: bool,
     wants_pad: bool,
 ):
-    """Returns (dqkv, drel_pos_h, drel_pos_w, dpad_qkv), all but the first empty where not wanted."""
-    from ..kernels import image_attention_backward_key as key_kernel
-    from ..kernels import image_attention_backward_query as query_kernel
-    from ..kernels import image_attention_positions as positions_kernel
-    from ..kernels.attention_backward_query import launch_delta
-
+    """Returns (dqkv, drel_pos_h, drel_pos_w, dpad_qkv), all but the first None where not wanted."""
     batch, height, width, channels = qkv.shape
     tables = None if rel_pos_h is None or rel_pos_w is None else (rel_pos_h.contiguous(), rel_pos_w.contiguous())
     likes = (rel_pos_h if wants_tables else None, rel_pos_w if wants_tables else None, pad_qkv if wants_pad else None)
     dqkv = qkv.new_empty(qkv.shape)
     if batch == 0:
-        return dqkv, *(qkv.new_empty(0) if like is None else like.new_zeros(like.shape) for like in likes)
-    dtable_h, dtable_w, dpad = (qkv.new_empty(0) for _ in range(3))  # outputs of an operator may not share memory
+        return dqkv, *(None if like is None else like.new_zeros(like.shape) for like in likes)
+    dtable_h = dtable_w = dpad = None
     qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
     delta = torch.empty_like(lse)
-    launch_delta(_by_head(out, num_heads), _by_head(dout, num_heads), delta)
+    kernels.attention_backward_query.launch_delta(_by_head(out, num_heads), _by_head(dout, num_heads), delta)
     rel = None if tables is None else _positions(qkv, tables, num_heads, size)
     inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale, dout, lse, delta, dqkv)
     if tables is None or rel is None:
-        query_kernel.launch_image_attention_backward_query(*inputs, None, None)
+        kernels.image_attention_backward_query.launch_image_attention_backward_query(*inputs, None, None)
     else:
         rel_h, rel_w = rel
-        passes = query_kernel.passes_of(qkv, num_heads, size)
+        passes = kernels.image_attention_backward_query.passes_of(qkv, num_heads, size)
         parts = rel_h.new_empty(passes, *rel_h.shape, dtype=rel_h.dtype if passes == 1 else torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
-        query_kernel.launch_image_attention_backward_query(*inputs, parts, drel_w)
+        kernels.image_attention_backward_query.launch_image_attention_backward_query(*inputs, parts, drel_w)
         drel_h = parts[0] if passes == 1 else parts.sum(0).to(rel_h.dtype)
-        positions_kernel.launch_positions_backward(qkv, tables, num_heads, size, drel_h, drel_w, dqkv)
+        kernels.image_attention_positions.launch_positions_backward(qkv, *tables, num_heads, size, drel_h, drel_w, dqkv)
         if wants_tables:
             query = qkv.unflatten(3, (3, num_heads, -1))[:, :, :, 0]
             drel_h, drel_w = (drel.unflatten(2, (height, width)) for drel in (drel_h, drel_w))
@@ -92,8 +88,10 @@ def image_attention_backward(
             dtable_w = _table_gradient(torch.einsum("bnyxk,byxnd->xkd", drel_w, query), size[1])
     sums = None
     if wants_pad:
-        sums = qkv.new_empty(key_kernel.pad_parts(qkv, num_heads, size), 2 * channels // 3, dtype=torch.float32)
-    key_kernel.launch_image_attention_backward_key(*inputs, sums)
+        sums = qkv.new_empty(
+            kernels.image_attention_backward_key.pad_parts(qkv, num_heads, size), 2 * channels // 3, dtype=torch.float32
+        )
+    kernels.image_attention_backward_key.launch_image_attention_backward_key(*inputs, sums)
     if sums is not None:
         dpad = torch.cat([sums.new_zeros(channels // 3), sums.sum(0)]).to(qkv.dtype)
     return dqkv, dtable_h, dtable_w, dpad
@@ -127,13 +125,13 @@ def _fake_backward(grad, qkv, rel_pos_h, rel_pos_w, pad_qkv, out, lse, num_heads
     return qkv.new_empty(qkv.shape), *(qkv.new_empty(0 if like is None else like.shape) for like in likes)
 
 
-define(
+call_image_attention_forward = define(
     "image_attention_forward(Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, SymInt num_heads,"
     " SymInt[] window, float scale) -> (Tensor, Tensor)",
     image_attention_forward,
     _fake_forward,
 )
-define(
+call_image_attention_backward = define(
     "image_attention_backward(Tensor grad, Tensor qkv, Tensor? rel_pos_h, Tensor? rel_pos_w, Tensor? pad_qkv, Tensor out,"
     " Tensor lse, SymInt num_heads, SymInt[] window, float scale, bool wants_tables,"
     " bool wants_pad) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -147,7 +145,7 @@ class ImageAttention(Operator):
 
     @staticmethod
     def forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale):
-        return torch.ops.fastvit.image_attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
+        return call_image_attention_forward(qkv, rel_pos_h, rel_pos_w, pad_qkv, num_heads, window, scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -159,7 +157,7 @@ class ImageAttention(Operator):
     def backward(ctx, grad, _lse):
         wants = ctx.needs_input_grad
         options = (ctx.num_heads, ctx.window, ctx.scale, wants[1] or wants[2], wants[3])
-        grads = run_backward(torch.ops.fastvit.image_attention_backward, grad, *ctx.saved_tensors, *options)
+        grads = run_backward(call_image_attention_backward, grad, *ctx.saved_tensors, *options)
         return *(g if want else None for g, want in zip(grads, wants[:4], strict=True)), None, None, None
 
 
@@ -175,4 +173,6 @@ def image_attention(
     tensors = qkv, rel_pos_h, rel_pos_w, pad_qkv
     if wants_grad(*tensors):
         return apply(ImageAttention, *distinct(*tensors), num_heads, list(window), scale)[0]
-    return torch.ops.fastvit.image_attention_forward(*tensors, num_heads, list(window), scale)[0]
+    if direct(*tensors):
+        return image_attention_forward(*tensors, num_heads, window, scale, save=False)[0]
+    return call_image_attention_forward(*tensors, num_heads, list(window), scale)[0]

@@ -1,6 +1,6 @@
 """Layer norm and add + layer norm on the Triton kernels: raw operators, shape functions and autograd Functions.
 
-Raw operators take None for what is left out and return empty tensors for gradients that nobody asked for.
+Implementations take None for what is left out and return None for gradients that nobody asked for.
 """
 
 import math
@@ -8,46 +8,43 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, as_rows, contiguous, define, distinct, run_backward, wants_grad
+from ._common import Operator, apply, as_rows, contiguous, define, direct, distinct, kernels, matrix, run_backward, wants_grad
 
 
 def _total_dtype(residual: Tensor, branch: Tensor) -> torch.dtype:
-    return torch.promote_types(residual.dtype, branch.dtype)
+    return residual.dtype if residual.dtype == branch.dtype else torch.promote_types(residual.dtype, branch.dtype)
 
 
-def _forward(x: Tensor, branch: Tensor | None, scale, weight, bias, eps: float, total: Tensor | None, y: Tensor) -> tuple:
-    """Token statistics of rows (rows, C) into ``y``; returns (mean, rstd)."""
-    from ..kernels import layer_norm, layer_norm_wide
-
-    mean, rstd = (x.new_empty(x.shape[0], dtype=torch.float32) for _ in range(2))
-    wide = x.shape[1] > layer_norm.MAX_CHANNELS
-    run = layer_norm_wide.launch_wide_forward if wide else layer_norm.launch_layer_norm_forward
+def _forward(x: Tensor, branch: Tensor | None, scale, weight, bias, eps: float, total: Tensor | None, y: Tensor, save: bool):
+    """Token statistics of (..., C) into ``y``; returns (mean, rstd), each None unless they are to be saved."""
+    channels = x.shape[-1]
+    wide = channels > kernels.layer_norm.MAX_CHANNELS
+    mean = rstd = None
+    if save or wide:
+        mean, rstd = (x.new_empty(x.numel() // channels, dtype=torch.float32) for _ in range(2))
+    run = kernels.layer_norm_wide.launch_wide_forward if wide else kernels.layer_norm.launch_layer_norm_forward
     run(x, branch, contiguous(scale), contiguous(weight), contiguous(bias), eps, y, total, mean, rstd)
     return mean, rstd
 
 
 def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
     """The second stage of a weight gradient: partial sums (strips, C) → (C,) in the parameter's dtype."""
-    from ..kernels import reduce
-
     if partial is None or like is None:
         return None
     if partial.shape[0] == 0:
         return torch.zeros_like(like)
     out = partial.new_empty(partial.shape[1], dtype=like.dtype)
-    reduce.launch_column_sum(partial, out.unsqueeze(0))
+    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
     return out
 
 
 def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, bool, bool]) -> tuple:
     """Token-statistics backward over rows; returns (dweight, dbias, dscale), each None where not wanted."""
-    from ..kernels import layer_norm, layer_norm_wide, reduce
-
     rows, channels = x.shape
-    wide = channels > layer_norm.MAX_CHANNELS_BACKWARD
-    strips = reduce.strips_for(rows, x) if wide else layer_norm.backward_programs(x)
+    wide = channels > kernels.layer_norm.MAX_CHANNELS_BACKWARD
+    strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm.backward_programs(x)
     partials = [x.new_empty(strips, channels, dtype=torch.float32) if want else None for want in wants]
-    run = layer_norm_wide.launch_wide_backward if wide else layer_norm.launch_layer_norm_backward
+    run = kernels.layer_norm_wide.launch_wide_backward if wide else kernels.layer_norm.launch_layer_norm_backward
     weight_, scale_ = contiguous(weight), contiguous(scale)
     if rows:
         run(dy, dtotal, x, branch if wants[2] else None, scale_, weight_, mean, rstd, dx, dbranch, *partials)
@@ -55,38 +52,32 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     return tuple(_sum_partials(partial, like) for partial, like in zip(partials, likes, strict=True))
 
 
-def _or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_empty(0) if tensor is None else tensor
-
-
 # --- layer_norm ---------------------------------------------------------------------------------------------------------
 
 
-def layer_norm_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str):
+def layer_norm_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str, save: bool = True):
     if statistics == "image":
         return _image_forward(input, weight, bias, eps)
-    rows = as_rows(input)
     y = input.new_empty(input.shape)
-    mean, rstd = _forward(rows, None, None, weight, bias, eps, None, y.view(rows.shape))
-    return y, mean, rstd
+    return y, *_forward(matrix(input), None, None, weight, bias, eps, None, y, save)
 
 
 def _image_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float):
-    from ..kernels import layer_norm_image as kernel
-
     x = input if input.stride(-1) == 1 else input.contiguous()
     y = input.new_empty(input.shape)
     mean, rstd = (input.new_empty(input.shape[0], dtype=torch.float32) for _ in range(2))
     if input.numel():
-        scratch = [input.new_empty(input.shape[0], kernel.image_strips(x), dtype=torch.float32) for _ in range(2)]
-        kernel.launch_image_forward(x, contiguous(weight), contiguous(bias), eps, y, mean, rstd, *scratch)
+        scratch = [
+            input.new_empty(input.shape[0], kernels.layer_norm_image.image_strips(x), dtype=torch.float32) for _ in range(2)
+        ]
+        kernels.layer_norm_image.launch_image_forward(x, contiguous(weight), contiguous(bias), eps, y, mean, rstd, *scratch)
     return y, mean, rstd
 
 
 def layer_norm_backward(
     grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, statistics: str
 ):
-    """Returns (dinput, dweight, dbias); a parameter that is None gets an empty gradient."""
+    """Returns (dinput, dweight, dbias)."""
     dx = input.new_empty(input.shape)
     if statistics == "image":
         dweight, dbias = _image_backward(grad, input, weight, bias, mean, rstd, dx)
@@ -94,20 +85,18 @@ def layer_norm_backward(
         x = as_rows(input)
         wants = (weight is not None, bias is not None, False)
         dweight, dbias, _ = _backward(as_rows(grad), None, x, None, None, weight, bias, mean, rstd, dx.view(x.shape), None, wants)
-    return dx, _or_empty(dweight, input), _or_empty(dbias, input)
+    return dx, dweight, dbias
 
 
 def _image_backward(grad, input, weight, bias, mean, rstd, dx) -> tuple:
-    from ..kernels import layer_norm_image as kernel
-
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (input, grad))
     images, channels = x.shape[0], x.shape[2]
-    strips = kernel.image_strips(x)
+    strips = kernels.layer_norm_image.image_strips(x)
     count = images * strips if x.numel() else 0
     partials = [None if p is None else x.new_empty(count, channels, dtype=torch.float32) for p in (weight, bias)]
     if count:
         scratch = [x.new_empty(images, strips, dtype=torch.float32) for _ in range(2)]
-        kernel.launch_image_backward(dy, x, contiguous(weight), mean, rstd, dx, *partials, *scratch)
+        kernels.layer_norm_image.launch_image_backward(dy, x, contiguous(weight), mean, rstd, dx, *partials, *scratch)
     return _sum_partials(partials[0], weight), _sum_partials(partials[1], bias)
 
 
@@ -121,12 +110,12 @@ def _fake_layer_norm_backward(grad, input, weight, bias, mean, rstd, statistics)
     return input.new_empty(input.shape), *params
 
 
-define(
+call_layer_norm_forward = define(
     "layer_norm_forward(Tensor input, Tensor? weight, Tensor? bias, float eps, str statistics) -> (Tensor, Tensor, Tensor)",
     layer_norm_forward,
     _fake_layer_norm_forward,
 )
-define(
+call_layer_norm_backward = define(
     "layer_norm_backward(Tensor grad, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, str statistics)"
     " -> (Tensor, Tensor, Tensor)",
     layer_norm_backward,
@@ -139,7 +128,7 @@ class LayerNorm(Operator):
 
     @staticmethod
     def forward(input, weight, bias, eps, statistics):
-        return torch.ops.fastvit.layer_norm_forward(input, weight, bias, eps, statistics)
+        return call_layer_norm_forward(input, weight, bias, eps, statistics)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -150,30 +139,34 @@ class LayerNorm(Operator):
     @staticmethod
     def backward(ctx, grad, _mean, _rstd):
         input, weight, bias, mean, rstd = ctx.saved_tensors
-        dx, dweight, dbias = run_backward(
-            torch.ops.fastvit.layer_norm_backward, grad, input, weight, bias, mean, rstd, ctx.statistics
-        )
+        dx, dweight, dbias = run_backward(call_layer_norm_backward, grad, input, weight, bias, mean, rstd, ctx.statistics)
         return dx, None if weight is None else dweight, None if bias is None else dbias, None, None
 
 
 def layer_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str) -> Tensor:
     if wants_grad(input, weight, bias):
         return apply(LayerNorm, *distinct(input, weight, bias), eps, statistics)[0]
-    return torch.ops.fastvit.layer_norm_forward(input, weight, bias, eps, statistics)[0]
+    if direct(input, weight, bias):
+        return layer_norm_forward(input, weight, bias, eps, statistics, save=False)[0]
+    return call_layer_norm_forward(input, weight, bias, eps, statistics)[0]
 
 
 # --- add_layer_norm -----------------------------------------------------------------------------------------------------
 
 
 def add_layer_norm_forward(
-    residual: Tensor, branch: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, layer_scale: Tensor | None
+    residual: Tensor,
+    branch: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    layer_scale: Tensor | None,
+    save: bool = True,
 ):
     """Returns (normalized, total, mean, rstd)."""
-    x, b = as_rows(residual), as_rows(branch)
     dtype = _total_dtype(residual, branch)
-    y, total = (residual.new_empty(residual.shape, dtype=dtype) for _ in range(2))
-    mean, rstd = _forward(x, b, layer_scale, weight, bias, eps, total.view(x.shape), y.view(x.shape))
-    return y, total, mean, rstd
+    y, total = residual.new_empty(residual.shape, dtype=dtype), residual.new_empty(residual.shape, dtype=dtype)
+    return y, total, *_forward(matrix(residual), matrix(branch), layer_scale, weight, bias, eps, total, y, save)
 
 
 def add_layer_norm_backward(
@@ -189,7 +182,7 @@ def add_layer_norm_backward(
     residual_dtype: torch.dtype,
     branch_dtype: torch.dtype,
 ):
-    """Returns (dresidual, dbranch, dweight, dbias, dlayer_scale); dbranch is empty where it equals dresidual.
+    """Returns (dresidual, dbranch, dweight, dbias, dlayer_scale); dbranch is None where it equals dresidual.
 
     ``branch`` is needed for dlayer_scale only.
     """
@@ -211,7 +204,7 @@ def add_layer_norm_backward(
         None if dbranch is None else dbranch.view(x.shape),
         (weight is not None, bias is not None, layer_scale is not None),
     )
-    return dx, *(_or_empty(t, total) for t in (dbranch, dweight, dbias, dscale))
+    return dx, dbranch, dweight, dbias, dscale
 
 
 def _fake_add_forward(residual, branch, weight, bias, eps, layer_scale):
@@ -228,13 +221,13 @@ def _fake_add_backward(grad, grad_total, branch, total, weight, bias, layer_scal
     return total.new_empty(total.shape, dtype=residual_dtype), dbranch, *params
 
 
-define(
+call_add_layer_norm_forward = define(
     "add_layer_norm_forward(Tensor residual, Tensor branch, Tensor? weight, Tensor? bias, float eps, Tensor? layer_scale)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     add_layer_norm_forward,
     _fake_add_forward,
 )
-define(
+call_add_layer_norm_backward = define(
     "add_layer_norm_backward(Tensor grad, Tensor? grad_total, Tensor? branch, Tensor total, Tensor? weight, Tensor? bias,"
     " Tensor? layer_scale, Tensor mean, Tensor rstd, ScalarType residual_dtype, ScalarType branch_dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -248,7 +241,7 @@ class AddLayerNorm(Operator):
 
     @staticmethod
     def forward(residual, branch, weight, bias, eps, layer_scale):
-        return torch.ops.fastvit.add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)
+        return call_add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -265,7 +258,7 @@ class AddLayerNorm(Operator):
         if grad is None:
             grad = torch.zeros_like(total)
         dresidual, dbranch, dweight, dbias, dscale = run_backward(
-            torch.ops.fastvit.add_layer_norm_backward,
+            call_add_layer_norm_backward,
             grad,
             grad_total,
             branch,
@@ -294,4 +287,6 @@ def add_layer_norm(
     if wants_grad(residual, branch, weight, bias, layer_scale):
         residual_, branch_, weight_, bias_, scale_ = distinct(residual, branch, weight, bias, layer_scale)
         return apply(AddLayerNorm, residual_, branch_, weight_, bias_, eps, scale_)[:2]
-    return torch.ops.fastvit.add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)[:2]
+    if direct(residual, branch, weight, bias, layer_scale):
+        return add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale, save=False)[:2]
+    return call_add_layer_norm_forward(residual, branch, weight, bias, eps, layer_scale)[:2]

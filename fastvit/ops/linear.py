@@ -10,30 +10,48 @@ import torch
 from torch import Tensor
 
 from ..backend import get_backend
-from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad
+from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A contiguous tensor as it is, which the kernel reads as a matrix; of any other, ``_matrix``."""
+    return tensor if tensor.is_contiguous() else _matrix(tensor)
 
 
 def _matrix(tensor: Tensor) -> Tensor:
     """(..., K) → (rows, K), a view wherever the strides allow one; either stride may be 1."""
+    if tensor.dim() == 2:
+        return tensor if 1 in tensor.stride() else tensor.contiguous()
     matrix = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(0, tensor.shape[-1])
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None, shape: Sequence[int] | None = None, **epilogue) -> Tensor:
+def _product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    shape: Sequence[int] | None = None,
+    pre: Tensor | None = None,
+    hidden: Tensor | None = None,
+    activation: str | None = None,
+    backward: bool = False,
+) -> Tensor:
     """a [M, K] · b [N, K]ᵀ + bias → [M, N], or ``shape`` of as many elements: allocated so, since a result that is a view
     refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
-    from ..kernels import _launch
-    from ..kernels import linear as kernel
-
-    fused = any(value is not None for value in epilogue.values())
     out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
-    rows = out.view(a.shape[0], b.shape[0])
-    if get_backend() == "auto" and not fused and not _launch.recording():
+    if activation is None and pre is None and hidden is None and left_to_vendor():
+        a = _matrix(a)
+        rows = out if out.dim() == 2 else out.view(a.shape[0], b.shape[0])
         with torch.no_grad():  # raw operators record nothing, and out= refuses tensors that want a gradient
             torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
     else:
-        kernel.launch_linear(a, b, contiguous(bias), rows, **epilogue)
+        kernels.linear.launch_linear(a, b, contiguous(bias), out, pre, hidden, activation, backward)
     return out
+
+
+def left_to_vendor() -> bool:
+    """Whether a product with nothing to fuse goes to the vendor's library: on ``auto``."""
+    return get_backend() == "auto" and not kernels._launch.recording()
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -45,23 +63,19 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 def _column_sum(x: Tensor) -> Tensor:
     """x.sum(0) in two fixed stages, in x's dtype."""
-    from ..kernels import reduce
-
     if x.shape[0] == 0:
         return x.new_zeros(x.shape[1])
     x = x if x.stride(1) == 1 else x.contiguous()
-    partial = x.new_empty(reduce.strips_for(x.shape[0], x), x.shape[1], dtype=torch.float32)
+    partial = x.new_empty(kernels.reduce.strips_for(x.shape[0], x), x.shape[1], dtype=torch.float32)
     out = x.new_empty(x.shape[1])
-    reduce.launch_column_sum(x, partial)
-    reduce.launch_column_sum(partial, out.unsqueeze(0))
+    kernels.reduce.launch_column_sum(x, partial)
+    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
     return out
 
 
 def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
-    from ..kernels import linear as kernel
-
     dpre = pre.new_empty(pre.shape)
-    kernel.launch_activation_backward(dy.contiguous(), pre, dpre, activation)
+    kernels.linear.launch_activation_backward(dy.contiguous(), pre, dpre, activation)
     return dpre
 
 
@@ -69,24 +83,22 @@ def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
 
 
 def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, save: bool):
-    """Returns (out, pre); pre is empty unless ``save`` and there is an activation."""
-    x, w = _matrix(input), _matrix(weight)
+    """Returns (out, pre); pre is None unless ``save`` and there is an activation."""
     shape = (*input.shape[:-1], weight.shape[0])
-    pre = input.new_empty(shape if save and activation else 0)
-    rows = pre.view(-1, shape[-1]) if save and activation else None
-    return _product(x, w, bias, shape, activation=activation, pre=rows), pre
+    pre = input.new_empty(shape) if save and activation else None
+    return _product(_rows(input), _matrix(weight), bias, shape, pre, activation=activation), pre
 
 
 def linear_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, pre: Tensor, activation: str | None, has_bias: bool, wants: list[bool]
+    grad: Tensor, input: Tensor, weight: Tensor, pre: Tensor | None, activation: str | None, has_bias: bool, wants: list[bool]
 ):
-    """Returns (dinput, dweight, dbias), each empty where ``wants`` says so."""
+    """Returns (dinput, dweight, dbias), each None where ``wants`` says so."""
     dy, x, w = _matrix(grad), _matrix(input), _matrix(weight)
-    if activation:
+    if activation and pre is not None:
         dy = _activation_gradient(dy, pre.view(dy.shape), activation)
-    dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else input.new_empty(0)
-    dweight = _weight_gradient(dy, x) if wants[1] else input.new_empty(0)
-    dbias = _column_sum(dy) if wants[2] and has_bias else input.new_empty(0)
+    dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else None
+    dweight = _weight_gradient(dy, x) if wants[1] else None
+    dbias = _column_sum(dy) if wants[2] and has_bias else None
     return dinput, dweight, dbias
 
 
@@ -101,13 +113,13 @@ def _fake_linear_backward(grad, input, weight, pre, activation, has_bias, wants)
     return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wants, strict=True))
 
 
-define(
+call_linear_forward = define(
     "linear_forward(Tensor input, Tensor weight, Tensor? bias, str? activation, bool save) -> (Tensor, Tensor)",
     linear_forward,
     _fake_linear_forward,
 )
-define(
-    "linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor pre, str? activation, bool has_bias, bool[] wants)"
+call_linear_backward = define(
+    "linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor? pre, str? activation, bool has_bias, bool[] wants)"
     " -> (Tensor, Tensor, Tensor)",
     linear_backward,
     _fake_linear_backward,
@@ -119,39 +131,39 @@ class Linear(Operator):
 
     @staticmethod
     def forward(input, weight, bias, activation):
-        return torch.ops.fastvit.linear_forward(input, weight, bias, activation, True)
+        return call_linear_forward(input, weight, bias, activation, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, ctx.activation = inputs
         ctx.has_bias = bias is not None
-        ctx.mark_non_differentiable(output[1])
+        if output[1] is not None:
+            ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
     def backward(ctx, grad, _pre):
         input, weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
-        grads = run_backward(torch.ops.fastvit.linear_backward, grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
+        grads = run_backward(call_linear_backward, grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     if wants_grad(input, weight, bias):
         return apply(Linear, *distinct(input, weight, bias), activation)[0]
-    return torch.ops.fastvit.linear_forward(input, weight, bias, activation, False)[0]
+    return call_linear_forward(input, weight, bias, activation, False)[0]
 
 
 # --- mlp ----------------------------------------------------------------------------------------------------------------
 
 
 def mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation: str | None, save: bool):
-    """Returns (out, pre): pre (..., hidden) before the activation, empty unless ``save``."""
+    """Returns (out, pre): pre (..., hidden) before the activation, None unless ``save``."""
     hidden, pre = linear_forward(input, fc1_weight, fc1_bias, activation, save)
     if save and activation is None:
         pre = hidden
-    out, _ = linear_forward(hidden, fc2_weight, fc2_bias, None, False)
-    return out, pre
+    return linear_forward(hidden, fc2_weight, fc2_bias, None, False)[0], pre
 
 
 def mlp_backward(
@@ -165,19 +177,19 @@ def mlp_backward(
     has_fc2_bias: bool,
     wants: list[bool],
 ):
-    """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each empty where ``wants`` says so."""
+    """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each None where ``wants`` says so."""
     dy, x, w1, w2 = _matrix(grad), _matrix(input), _matrix(fc1_weight), _matrix(fc2_weight)
     pre = pre.view(-1, w1.shape[0])
     hidden = None
     if wants[3]:
         hidden = pre if activation is None else pre.new_empty(pre.shape)
-    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else input.new_empty(0)
+    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else None
     dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
-    dfc2_weight = input.new_empty(0) if hidden is None else _weight_gradient(dy, hidden)
+    dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden)
     del hidden
-    dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else input.new_empty(0)
-    dfc1_weight = _weight_gradient(dpre, x) if wants[1] else input.new_empty(0)
-    dfc1_bias = _column_sum(dpre) if wants[2] and has_fc1_bias else input.new_empty(0)
+    dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
+    dfc1_weight = _weight_gradient(dpre, x) if wants[1] else None
+    dfc1_bias = _column_sum(dpre) if wants[2] and has_fc1_bias else None
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
 
@@ -192,13 +204,13 @@ def _fake_mlp_backward(grad, input, fc1_weight, fc2_weight, pre, activation, has
     return tuple(input.new_empty(shape if want else 0) for shape, want in zip(shapes, wants, strict=True))
 
 
-define(
+call_mlp_forward = define(
     "mlp_forward(Tensor input, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, Tensor? fc2_bias, str? activation,"
     " bool save) -> (Tensor, Tensor)",
     mlp_forward,
     _fake_mlp_forward,
 )
-define(
+call_mlp_backward = define(
     "mlp_backward(Tensor grad, Tensor input, Tensor fc1_weight, Tensor fc2_weight, Tensor pre, str? activation,"
     " bool has_fc1_bias, bool has_fc2_bias, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     mlp_backward,
@@ -211,7 +223,7 @@ class MLP(Operator):
 
     @staticmethod
     def forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
-        return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, True)
+        return call_mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -224,9 +236,7 @@ class MLP(Operator):
     def backward(ctx, grad, _pre):
         input, fc1_weight, fc2_weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:5])
-        grads = run_backward(
-            torch.ops.fastvit.mlp_backward, grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants
-        )
+        grads = run_backward(call_mlp_backward, grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants)
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None
 
 
@@ -240,4 +250,4 @@ def mlp(
 ) -> Tensor:
     if wants_grad(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
         return apply(MLP, *distinct(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias), activation)[0]
-    return torch.ops.fastvit.mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, False)[0]
+    return call_mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, False)[0]

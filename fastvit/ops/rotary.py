@@ -1,6 +1,6 @@
 """Query and key norms with rotary positions on the Triton kernels: raw operators, shape functions and autograd Function.
 
-Raw operators take None for what is left out and return empty tensors for gradients of parameters that are None. Tables are
+Implementations take None for what is left out and return None for gradients of parameters that are None. Tables are
 (1 or B, T, D). What backward keeps: without a norm the tables alone, since a rotation's gradient is the rotation the other
 way round; with one the inputs, from which the statistics are computed again.
 """
@@ -8,7 +8,7 @@ way round; with one the inputs, from which the statistics are computed again.
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, distinct, run_backward, wants_grad, with_unit_stride
+from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad, with_unit_stride
 
 
 def _like_a_projection(x: Tensor) -> Tensor:
@@ -36,26 +36,22 @@ def qk_norm_rope_forward(
     transposed: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns (query, key) normalized and rotated; ``transposed``, which no norm goes with, rotates the other way."""
-    from ..kernels import rotary as kernel
-
     out = _like_a_projection(query), _like_a_projection(key)
     params = [contiguous(p) for p in (query_weight, query_bias, key_weight, key_bias)]
     query, key = with_unit_stride(query), with_unit_stride(key)
     tables = _unit_stride(cos), _unit_stride(sin)
-    kernel.launch_qk_norm_rope(query, key, *tables, interleaved, norm, *params, eps, transposed, *out)
+    kernels.rotary.launch_qk_norm_rope(query, key, *tables, interleaved, norm, *params, eps, transposed, *out)
     return out
 
 
 def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
     """Partial sums (programs, D) → (D,) in the parameter's dtype, in fixed order."""
-    from ..kernels import reduce
-
     if partial is None or like is None:
         return None
     if partial.shape[0] == 0:
         return torch.zeros_like(like)
     out = partial.new_empty(partial.shape[1], dtype=like.dtype)
-    reduce.launch_column_sum(partial, out.unsqueeze(0))
+    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
     return out
 
 
@@ -75,21 +71,19 @@ def qk_norm_rope_backward(
     eps: float,
 ):
     """Returns (dquery, dkey, dquery_weight, dquery_bias, dkey_weight, dkey_bias)."""
-    from ..kernels import rotary as kernel
-
     dquery, dkey = _like_a_projection(query), _like_a_projection(key)
     tensors = [with_unit_stride(t) for t in (grad_query, grad_key, query, key)]
     tables = _unit_stride(cos), _unit_stride(sin)
     params = (query_weight, query_bias, key_weight, key_bias)
-    programs = [kernel.backward_programs(x) for x in (query, query, key, key)]
+    programs = [kernels.rotary.backward_programs(x) for x in (query, query, key, key)]
     partials = [
         None if p is None else query.new_empty(count, query.shape[3], dtype=torch.float32)
         for p, count in zip(params, programs, strict=True)
     ]
     weights = contiguous(query_weight), contiguous(key_weight)
-    kernel.launch_qk_norm_rope_backward(*tensors, *tables, interleaved, norm, *weights, eps, dquery, dkey, *partials)
+    kernels.rotary.launch_qk_norm_rope_backward(*tensors, *tables, interleaved, norm, *weights, eps, dquery, dkey, *partials)
     sums = (_sum_partials(partial, p) for partial, p in zip(partials, params, strict=True))
-    return dquery, dkey, *(query.new_empty(0) if s is None else s for s in sums)
+    return dquery, dkey, *sums
 
 
 def _fake_forward(query, key, *rest):
@@ -103,13 +97,13 @@ def _fake_backward(grad_query, grad_key, query, key, cos, sin, interleaved, norm
 
 _PARAMETERS = "Tensor? query_weight, Tensor? query_bias, Tensor? key_weight, Tensor? key_bias, float eps"
 
-define(
+call_qk_norm_rope_forward = define(
     "qk_norm_rope_forward(Tensor query, Tensor key, Tensor? cos, Tensor? sin, bool interleaved, str? norm,"
     f" {_PARAMETERS}, bool transposed) -> (Tensor, Tensor)",
     qk_norm_rope_forward,
     _fake_forward,
 )
-define(
+call_qk_norm_rope_backward = define(
     "qk_norm_rope_backward(Tensor grad_query, Tensor grad_key, Tensor query, Tensor key, Tensor? cos, Tensor? sin,"
     f" bool interleaved, str norm, {_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     qk_norm_rope_backward,
@@ -123,7 +117,7 @@ class QKNormRope(Operator):
     @staticmethod
     def forward(query, key, cos, sin, interleaved, norm, query_weight, query_bias, key_weight, key_bias, eps):
         params = query_weight, query_bias, key_weight, key_bias
-        return torch.ops.fastvit.qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)
+        return call_qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -136,10 +130,10 @@ class QKNormRope(Operator):
         query, key, cos, sin, *params = ctx.saved_tensors
         if ctx.norm is None:
             arguments = (grad_query, grad_key, cos, sin, ctx.interleaved, None, *params, ctx.eps, True)
-            dquery, dkey = run_backward(torch.ops.fastvit.qk_norm_rope_forward, *arguments)
+            dquery, dkey = run_backward(call_qk_norm_rope_forward, *arguments)
             return dquery, dkey, *[None] * 9
         arguments = (grad_query, grad_key, query, key, cos, sin, ctx.interleaved, ctx.norm, *params, ctx.eps)
-        dquery, dkey, *grads = run_backward(torch.ops.fastvit.qk_norm_rope_backward, *arguments)
+        dquery, dkey, *grads = run_backward(call_qk_norm_rope_backward, *arguments)
         grads = [None if p is None else g for p, g in zip(params, grads, strict=True)]
         return dquery, dkey, None, None, None, None, *grads, None
 
@@ -162,4 +156,4 @@ def qk_norm_rope(
     if wants_grad(query, key, *params):
         query_, key_, cos_, sin_, *params_ = distinct(query, key, cos, sin, *params)
         return apply(QKNormRope, query_, key_, cos_, sin_, interleaved, norm, *params_, eps)
-    return torch.ops.fastvit.qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)
+    return call_qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)

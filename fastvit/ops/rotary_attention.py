@@ -4,11 +4,10 @@ Which of the two is decided inside the operator, by the tuning table, so that a 
 It has no gradient of its own: where one is wanted, the operators that have one are called in its place.
 """
 
-import torch
 from torch import Tensor
 
 from . import attention, rotary
-from ._common import contiguous, define, wants_grad, with_unit_stride
+from ._common import contiguous, define, kernels, wants_grad, with_unit_stride
 
 
 def _new_result(query: Tensor, value: Tensor) -> Tensor:
@@ -32,15 +31,15 @@ def rotary_attention_forward(
     scale: float,
 ) -> Tensor:
     """Returns out (B, H, N, Dv), in memory (B, N, H, Dv); cos, sin (1 or B, T, D) or None."""
-    from ..kernels import rotary_attention as kernel
-
     params = query_weight, query_bias, key_weight, key_bias
-    if query.shape[2] > kernel.max_tokens(query, value, norm):
+    if query.shape[2] > kernels.rotary_attention.max_tokens(query, value, norm):
         query, key = rotary.qk_norm_rope_forward(query, key, cos, sin, interleaved, norm, *params, eps, False)
-        return attention.attention_forward(query, key, value, None, None, None, False, scale)[0]
+        return attention.attention_forward(query, key, value, None, None, None, False, scale, save=False)[0]
     out = _new_result(query, value)
     q, k, v, cos, sin = (t if t is None else with_unit_stride(t) for t in (query, key, value, cos, sin))
-    kernel.launch_rotary_attention(q, k, v, cos, sin, interleaved, norm, *map(contiguous, params), eps, scale, out)
+    kernels.rotary_attention.launch_rotary_attention(
+        q, k, v, cos, sin, interleaved, norm, *map(contiguous, params), eps, scale, out
+    )
     return out
 
 
@@ -48,7 +47,7 @@ def _fake_forward(query, key, value, *rest):
     return _new_result(query, value)
 
 
-define(
+call_rotary_attention_forward = define(
     "rotary_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, bool interleaved, str? norm,"
     " Tensor? query_weight, Tensor? query_bias, Tensor? key_weight, Tensor? key_bias, float eps, float scale) -> Tensor",
     rotary_attention_forward,
@@ -75,4 +74,4 @@ def rotary_attention(
     if wants_grad(query, key, value, *params):
         query, key = rotary.qk_norm_rope(query, key, cos, sin, interleaved, norm, *params, eps)
         return attention.attention(query, key, value, None, False, scale, None, None)
-    return torch.ops.fastvit.rotary_attention_forward(query, key, value, cos, sin, interleaved, norm, *params, eps, scale)
+    return call_rotary_attention_forward(query, key, value, cos, sin, interleaved, norm, *params, eps, scale)

@@ -1,0 +1,371 @@
+"""Runs in a process of its own (see ``test_launch.py``): Triton's binder and cache as they are, compiling and launching faked.
+
+A launch is noted as (name of the kernel, number of its compilation, grid, stream, arguments), pointers as addresses. Prints one
+JSON object: scenario → None, or what went wrong.
+"""
+
+import contextlib
+import json
+import traceback
+import warnings
+from types import SimpleNamespace
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+import fastvit
+from benchmarks.overhead import operators, pretend_tensors
+from fastvit import functional as F
+
+warnings.simplefilter("ignore")
+launches: list[tuple] = []
+compiled: list[str] = []
+state = SimpleNamespace(stream=0, device=0, ordinary=0, entered=[])
+
+
+class Compiled:
+    """What Triton's compiler would have returned."""
+
+    def __init__(self, src, **_):
+        compiled.append(src.fn.__name__)
+        self.name, self.number, self.function, self.packed_metadata = src.fn.__name__, len(compiled), len(compiled), (4, 1, 0)
+
+    def launch_metadata(self, grid, stream, *args):
+        state.ordinary += 1  # Triton's own way asks for it, a plan does not
+        return None
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, exit, *args):
+        for call in enter.calls if enter else ():
+            call(self)
+        assert function == self.function
+        assert metadata == self.packed_metadata
+        values = tuple(a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args)
+        launches.append((self.name, self.number, (x, y, z), stream, values))
+
+
+class Driver:
+    def __init__(self):
+        self.get_current_stream = lambda device: state.stream
+        self.get_current_device = lambda: state.device
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+triton.compiler.compile = Compiled
+triton.runtime.driver.set_active(Driver())
+pretend_tensors()
+torch.cuda.current_device = lambda: state.device
+torch.Tensor.get_device = lambda self: getattr(self, "_index", 0)
+
+
+@contextlib.contextmanager
+def _device(index):
+    before, state.device = state.device, index
+    state.entered.append(index)
+    yield
+    state.device = before
+
+
+torch.cuda.device = _device
+
+
+def fresh(*shape):
+    return torch.randn(*shape, dtype=torch.float16)
+
+
+def made(call):
+    """(result, launches, how many of them went Triton's own way)."""
+    launches.clear()
+    state.ordinary = 0
+    out = call()
+    return out, list(launches), state.ordinary
+
+
+def tensors(out):
+    return (out,) if isinstance(out, torch.Tensor) else tuple(out)
+
+
+def without_results(noted, out):
+    """Launches with the addresses of the results replaced by their places."""
+    places = {t.data_ptr(): f"result {index}" for index, t in enumerate(tensors(out))}
+    return [(*launch[:4], tuple(places.get(value, value) for value in launch[4])) for launch in noted]
+
+
+def repeated(call, plans=True):
+    """A call, once Triton's own way and then from a plan: the same launches, results of their own."""
+    first, noted, ordinary = made(call)
+    assert noted
+    second, again, planned = made(call)
+    assert planned == (0 if plans else ordinary), f"{planned} of {len(again)} launches went Triton's own way"
+    assert without_results(noted, first) == without_results(again, second)
+    for a, b in zip(tensors(first), tensors(second), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert a.data_ptr() != b.data_ptr()
+    return noted, again
+
+
+def norm_inputs():
+    return fresh(2, 4, 32), fresh(32), fresh(32)
+
+
+def _repeats(name):
+    return lambda: repeated(operators()[name])
+
+
+SCENARIOS = {f"repeats {name}": _repeats(name) for name in operators() if name != "mlp"}
+
+
+def scenario(function):
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@scenario
+def training_repeats():
+    def step():
+        for tensor in (x, w, b):
+            tensor.grad = None
+        F.layer_norm(x, w, b).backward(g)
+        return x.grad, w.grad, b.grad
+
+    x, w, b = (t.requires_grad_() for t in norm_inputs())
+    g = fresh(2, 4, 32)
+    _, noted, ordinary = made(step)
+    assert (len(noted), ordinary) == (4, 3)  # the sums of weight and bias share a plan
+    _, again, ordinary = made(step)
+    assert ordinary == 0
+    assert [launch[:4] for launch in noted] == [launch[:4] for launch in again]
+    scalars = [[v for v in launch[4] if not isinstance(v, int) or v < 2**32] for launch in noted]
+    assert scalars == [[v for v in launch[4] if not isinstance(v, int) or v < 2**32] for launch in again]
+    assert x.grad is not None
+
+
+@scenario
+def alignment_is_part_of_the_signature():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    odd = fresh(2 * 4 * 32 + 1)[1:].view(2, 4, 32)
+    _, noted, ordinary = made(lambda: F.layer_norm(odd, w, b))
+    assert ordinary == 1
+    assert odd.data_ptr() in noted[0][4]
+    _, aligned, _ = made(lambda: F.layer_norm(x, w, b))
+    assert aligned[0][1] != noted[0][1], "one compilation served both alignments"
+
+
+@scenario
+def one_tensor_in_two_places():
+    x, y, w, b = fresh(2, 4, 32), fresh(2, 4, 32), fresh(32), fresh(32)
+    for _ in range(3):
+        _, noted, _ = made(lambda: F.add_layer_norm(x, x, w, b))
+        assert noted[0][4].count(x.data_ptr()) == 2
+    for _ in range(3):
+        _, noted, _ = made(lambda: F.add_layer_norm(x, y, w, b))
+        assert noted[0][4][:2] == (x.data_ptr(), y.data_ptr())
+
+
+@scenario
+def parameters_given_other_memory():
+    x, w, b = norm_inputs()
+    weight = torch.nn.Parameter(w)
+    with torch.no_grad():
+        repeated(lambda: F.layer_norm(x, weight, b))
+        weight.data = fresh(32)
+        _, noted, ordinary = made(lambda: F.layer_norm(x, weight, b))
+    assert ordinary == 0
+    assert weight.data_ptr() in noted[0][4]
+    assert w.data_ptr() not in noted[0][4]
+
+
+@scenario
+def strides_and_sizes_are_part_of_the_signature():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    wide = fresh(8, 64)[:, :32]
+    _, noted, ordinary = made(lambda: F.layer_norm(wide, w, b))
+    assert ordinary == 1
+    assert 64 in noted[0][4]
+    _, noted, _ = made(lambda: F.layer_norm(x[:1], w, b))
+    assert noted[0][2] != (0, 1, 1)
+
+
+@scenario
+def eps_of_another_value_and_type():
+    x, w, b = norm_inputs()
+    for eps in (1e-6, 1e-5, 1, 1.0):
+        for _ in range(3):
+            _, noted, _ = made(lambda eps=eps: F.layer_norm(x, w, b, eps))
+            assert any(type(v) is float and v == eps for v in noted[0][4])
+
+
+@scenario
+def the_stream_of_the_moment():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    state.stream = 7
+    try:
+        _, noted, ordinary = made(lambda: F.layer_norm(x, w, b))
+    finally:
+        state.stream = 0
+    assert (noted[0][3], ordinary) == (7, 0)
+
+
+@scenario
+def another_device():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    fastvit.backend._gpu_reasons[1] = None
+    for tensor in (x, w, b):
+        tensor._index = 1
+    _, _, ordinary = made(lambda: F.layer_norm(x, w, b))
+    assert ordinary == 1, "a plan of GPU 0 served GPU 1"
+    state.entered.clear()
+    made(lambda: F.layer_norm(x, w, b))
+    assert state.entered == [1], "launched without switching to the tensors' GPU"
+
+
+@scenario
+def launch_hooks_see_every_launch():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    seen = []
+    knobs.runtime.launch_enter_hook.add(seen.append)
+    try:
+        for _ in range(2):
+            _, _, ordinary = made(lambda: F.layer_norm(x, w, b))
+            assert ordinary == 1
+    finally:
+        knobs.runtime.launch_enter_hook.remove(seen.append)
+        knobs.runtime.launch_enter_hook.calls.clear()
+    assert len(seen) == 2
+    assert made(lambda: F.layer_norm(x, w, b))[2] == 0
+
+
+@scenario
+def knobs_that_are_set():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    before = len(compiled)
+    knobs.runtime.debug = True
+    try:
+        _, _, ordinary = made(lambda: F.layer_norm(x, w, b))
+    finally:
+        del knobs.runtime.__dict__["debug"]
+    assert ordinary == 1
+    assert len(compiled) > before, "a debugging kernel was asked for"
+
+
+@scenario
+def an_unknown_triton():
+    from fastvit.kernels import _plans
+
+    x, w, b = norm_inputs()
+    _plans._known = False
+    try:
+        repeated(lambda: F.layer_norm(x, w, b), plans=False)
+    finally:
+        _plans._known = True
+
+
+@scenario
+def nothing_is_launched_under_record():
+    from fastvit.kernels import _launch
+
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    with _launch.record("sm_90") as recorded:
+        _, noted, _ = made(lambda: F.layer_norm(x, w, b))
+    _launch._recorded_target = "sm_90"
+    assert (len(recorded), noted) == (1, [])
+
+
+@scenario
+def the_backend_of_the_moment():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    with fastvit.use_backend("torch"):
+        assert made(lambda: F.layer_norm(x, w, b))[1] == []
+
+
+@scenario
+def gradients_wanted_later():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    w.requires_grad_()
+    assert F.layer_norm(x, w, b).requires_grad
+    with torch.no_grad():
+        assert not F.layer_norm(x, w, b).requires_grad
+
+
+@scenario
+def autocast_switched_on_later():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert F.layer_norm(x, w, b).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@scenario
+def modes_see_the_operator():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    with Names():
+        F.layer_norm(x, w, b)
+    assert any("fastvit.layer_norm_forward" in name for name in names), names
+
+
+@scenario
+def tensors_negated_when_read():
+    w, b = fresh(32), fresh(32)
+    negative = torch.view_as_complex(torch.randn(4, 32, 2)).conj().imag
+    assert negative.is_neg()
+    for _ in range(2):
+        _, noted, _ = made(lambda: F.layer_norm(negative, w.float(), b.float()))
+        assert negative.data_ptr() not in noted[0][4]
+
+
+@scenario
+def bad_input_is_refused_after_good():
+    x, w, b = norm_inputs()
+    repeated(lambda: F.layer_norm(x, w, b))
+    for arguments, error in (((x, w[:16], b), ValueError), ((x, w.double(), b), TypeError), ((x, w, b, -1.0), ValueError)):
+        try:
+            F.layer_norm(*arguments)
+        except error:
+            continue
+        raise AssertionError(f"{arguments[1:]} were not refused")
+    q = fresh(1, 2, 4, 16)
+    made(lambda: F.attention(q, q, q, is_causal=True))
+    try:
+        F.attention(q, q, q, is_causal=1)
+    except TypeError:
+        return
+    raise AssertionError("is_causal=1 was not refused")
+
+
+def main():
+    results = {}
+    with fastvit.use_backend("auto"):
+        for name, run in SCENARIOS.items():
+            try:
+                run()
+                results[name] = None
+            except Exception:
+                results[name] = traceback.format_exc(limit=-3)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
