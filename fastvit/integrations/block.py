@@ -20,7 +20,7 @@ from .. import backend, functional, reference
 from ..ops import torch_backend, torch_image_attention
 from . import decoder, grid, handoff, layouts, multihead, two_way
 from .call import Call
-from .parts import Layout, child, part
+from .parts import Known, Layout, Parts, attribute, parameter
 
 
 def _torch_attention(query, key, value, attn_mask=None, *, is_causal=False, scale=None):
@@ -94,17 +94,26 @@ def choose_backend(pinned: str, x: Tensor) -> str:
     return backend.resolve(x, setting=None if pinned == "auto" else pinned)
 
 
-def compute(block: nn.Module, layout: Layout, call: Call, pinned: str = "auto", next_norm: nn.LayerNorm | None = None) -> Tensor:
+def compute(
+    block: nn.Module,
+    layout: Layout,
+    call: Call,
+    pinned: str = "auto",
+    next_norm: nn.LayerNorm | None = None,
+    known: Known | None = None,
+) -> Tensor:
     """The block's output for a call.
 
     ``next_norm``: the first norm of the block that follows; in inference on Triton the last sum and that norm are one
-    kernel, and the norm's result is left for that block (see ``handoff``).
+    kernel, and the norm's result is left for that block (see ``handoff``). ``known``: descendants looked up before.
     """
     x = call.hidden
-    chosen = choose_backend(pinned, x)
+    chosen, parts = choose_backend(pinned, x), Parts(block, None if known is None else known.children)
+    run, ops = _post_norm if layout.post_norm else _pre_norm, TRITON if chosen == "triton" else TORCH
+    if chosen == "torch" or pinned == "auto":
+        return run(parts, layout, ops, chosen, x, call, next_norm)
     with _held_to(chosen, x):
-        ops = TRITON if chosen == "triton" else TORCH
-        return (_post_norm if layout.post_norm else _pre_norm)(block, layout, ops, chosen, x, call, next_norm)
+        return run(parts, layout, ops, chosen, x, call, next_norm)
 
 
 def compute_multihead(module: Any, call: multihead.MultiheadCall, pinned: str = "auto") -> tuple[Tensor, None]:
@@ -130,7 +139,7 @@ def compute_two_way(module: Any, layout: two_way.TwoWayLayout, call: two_way.Two
         def add_norm(residual: Tensor, branch: Tensor, norm: Any, owned: bool) -> Tensor:
             return _add_norm(ops, chosen, residual, branch, None, owned, norm)[0]
 
-        return two_way.compute(module, layout, ops, call, add_norm, functools.partial(_mlp, module, layout, ops))
+        return two_way.compute(module, layout, ops, call, add_norm, functools.partial(_mlp, Parts(module), layout, ops))
 
 
 def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
@@ -141,44 +150,45 @@ def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
     return use_backend("triton")
 
 
-def _pre_norm(block: nn.Module, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, next_norm: Any) -> Tensor:
-    before, after = child(block, layout.norms.before), child(block, layout.norms.after)
+def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, next_norm: Any) -> Tensor:
+    before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
     normed = handoff.collect(x, before)
     if normed is None:
-        normed = ops.layer_norm(x, before.weight, before.bias, before.eps)
-    branch = _attention(block, layout, ops, normed, call)
+        normed = ops.layer_norm(x, parameter(before, "weight"), parameter(before, "bias"), before.eps)
+    branch = _attention(parts, layout, ops, normed, call)
     del normed
-    branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
+    branch, scale, owned = _branch(parts, layout.residuals[0], layout.attention.drop, branch)
     owned = owned and layout.attention.out not in layout.called
     normed, x = _add_norm(ops, chosen, x, branch, scale, owned, after)
-    branch = _mlp(block, layout, ops, normed)
+    branch = _mlp(parts, layout, ops, normed)
     del normed
-    branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+    branch, scale, owned = _branch(parts, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
     owned = owned and layout.mlp is not None and layout.mlp.fc2 not in layout.called
     if next_norm is not None and handoff.possible(chosen, x, branch, next_norm):
         return handoff.add_layer_norm(ops, x, branch, next_norm, scale)
     return _add(x, branch, scale, owned)
 
 
-def _post_norm(block: nn.Module, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, _next_norm: Any) -> Tensor:
+def _post_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, _next_norm: Any) -> Tensor:
     """z' = LN(MHA(z) + z), z'' = LN(MLP(z') + z') (Vaswani et al. 2017, section 3.1)."""
-    branch = _attention(block, layout, ops, x, call)
-    branch, scale, owned = _branch(block, layout.residuals[0], layout.attention.drop, branch)
+    branch = _attention(parts, layout, ops, x, call)
+    branch, scale, owned = _branch(parts, layout.residuals[0], layout.attention.drop, branch)
     owned = owned and layout.attention.out not in layout.called
-    x, _ = _add_norm(ops, chosen, x, branch, scale, owned, child(block, layout.norms.before))
-    branch = _mlp(block, layout, ops, x)
-    branch, scale, owned = _branch(block, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
+    x, _ = _add_norm(ops, chosen, x, branch, scale, owned, parts.child(layout.norms.before))
+    branch = _mlp(parts, layout, ops, x)
+    branch, scale, owned = _branch(parts, layout.residuals[1], layout.mlp.drop if layout.mlp else (), branch)
     owned = owned and layout.mlp is not None and layout.mlp.fc2 not in layout.called
-    return _add_norm(ops, chosen, x, branch, scale, owned, child(block, layout.norms.after))[0]
+    return _add_norm(ops, chosen, x, branch, scale, owned, parts.child(layout.norms.after))[0]
 
 
 def _add_norm(
     ops: Any, chosen: str, x: Tensor, branch: Tensor, scale: Tensor | None, owned: bool, norm: Any
 ) -> tuple[Tensor, Tensor]:
     """(norm(total), total) of total = x + scale·branch; ``owned``: nobody else holds the branch."""
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     if owned and chosen == "torch" and _may_overwrite(branch, x, scale):
-        return torch_backend.add_layer_norm_(x, branch, norm.weight, norm.bias, norm.eps, scale)
-    return ops.add_layer_norm(x, branch, norm.weight, norm.bias, norm.eps, layer_scale=scale)
+        return torch_backend.add_layer_norm_(x, branch, weight, bias, norm.eps, scale)
+    return ops.add_layer_norm(x, branch, weight, bias, norm.eps, layer_scale=scale)
 
 
 def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tensor, Tensor, float]:
@@ -186,26 +196,26 @@ def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tens
 
     For looking at attention weights, which the fused kernels never hold.
     """
-    x = call.hidden
-    norm = child(block, layout.norms.before)
+    x, parts = call.hidden, Parts(block)
+    norm = parts.child(layout.norms.before)
     if not layout.post_norm:
         x = TORCH.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    query, key, _ = _project(block, layout, TORCH, x, call)
-    positions = _positions(block, layout, call)
+    query, key, _ = _project(parts, layout, TORCH, x, call)
+    positions = _positions(parts, layout, call)
     if positions is not None:
         prepare = _rotated_plainly if _plainly(call) else TORCH.qk_norm_rope
         query, key = prepare(query, key, **positions)
-    return query, key, _scale(child(block, layout.attention.owner), query.shape[-1])
+    return query, key, _scale(parts.child(layout.attention.owner), query.shape[-1])
 
 
-def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> Tensor:
+def _attention(parts: Parts, layout: Layout, ops: Any, x: Tensor, call: Call) -> Tensor:
     names = layout.attention
-    owner = child(block, names.owner)
+    owner = parts.child(names.owner)
     if layout.window is not None:
-        return _project_out(block, layout, ops, x, _image_attention(block, layout, ops, x))
-    query, key, value = _project(block, layout, ops, x, call)
+        return _project_out(parts, layout, ops, x, _image_attention(parts, layout, ops, x))
+    query, key, value = _project(parts, layout, ops, x, call)
     keywords = {"attn_mask": call.attn_mask, "is_causal": call.is_causal, "scale": _scale(owner, query.shape[-1])}
-    positions = _positions(block, layout, call)
+    positions = _positions(parts, layout, call)
     if positions is not None and not _plainly(call):
         out = ops.rotary_attention(query, key, value, **positions, **keywords)
     else:
@@ -215,61 +225,61 @@ def _attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call
     del query, key, value
     tokens_first = layout.multihead and multihead.tokens_first(owner, call.present)
     # Dropout draws in the order of memory, in which torch's attention leaves tokens first also where the batch comes first.
-    turned = layout.multihead and not tokens_first and any(_active(child(block, layout.residuals[0].drop)))
+    turned = layout.multihead and not tokens_first and any(_active(parts.child(layout.residuals[0].drop)))
     out = (out.permute(2, 0, 1, 3) if tokens_first or turned else out.transpose(1, 2)).flatten(2)
-    out = _project_out(block, layout, ops, x, out)
+    out = _project_out(parts, layout, ops, x, out)
     return out.transpose(0, 1) if turned else out
 
 
-def _image_attention(block: nn.Module, layout: Layout, ops: Any, x: Tensor) -> Tensor:
+def _image_attention(parts: Parts, layout: Layout, ops: Any, x: Tensor) -> Tensor:
     """The attention's output (B, H, W, C) of a block whose normalized hidden states x are images."""
     names = layout.attention
-    owner, path = child(block, names.owner), names.qkv[0]
-    norms = part(block, names.query_norm), part(block, names.key_norm)
-    project = functools.partial(_linear, block, layout, ops, path)
-    bias = False if path in layout.called else child(block, path).bias
-    return grid.attention(block, owner, ops, x, project, bias, norms, functools.partial(_scale, owner))
+    owner, path = parts.child(names.owner), names.qkv[0]
+    norms = parts.part(names.query_norm), parts.part(names.key_norm)
+    project = functools.partial(_linear, parts, layout, ops, path)
+    bias = False if path in layout.called else parts.child(path).bias
+    return grid.attention(parts.block, owner, ops, x, project, bias, norms, functools.partial(_scale, owner))
 
 
-def _project_out(block: nn.Module, layout: Layout, ops: Any, x: Tensor, out: Tensor) -> Tensor:
+def _project_out(parts: Parts, layout: Layout, ops: Any, x: Tensor, out: Tensor) -> Tensor:
     """What the block's attention makes of its normalized hidden states x and the heads' output."""
-    out_norm = part(block, layout.attention.out_norm)
+    out_norm = parts.part(layout.attention.out_norm)
     if out_norm is not None:
         out = out_norm(out)
-    if child(block, layout.attention.gate) is not None:
-        out = out * _linear(block, layout, ops, layout.attention.gate, x).sigmoid()
-    return _linear(block, layout, ops, layout.attention.out, out)
+    if parts.child(layout.attention.gate) is not None:
+        out = out * _linear(parts, layout, ops, layout.attention.gate, x).sigmoid()
+    return _linear(parts, layout, ops, layout.attention.out, out)
 
 
-def _project(block: nn.Module, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:
+def _project(parts: Parts, layout: Layout, ops: Any, x: Tensor, call: Call) -> list[Tensor]:
     """Query, key and value, (B, heads, N, D), without what ``_positions`` tells; norms without a fused form are applied."""
     names = layout.attention
-    owner = child(block, names.owner)
+    owner = parts.child(names.owner)
     if layout.multihead:
         return multihead.project(owner, ops, x, x, x, multihead.tokens_first(owner, call.present))
-    heads = next(getattr(owner, name) for name in layouts.HEAD_COUNTS if hasattr(owner, name))
+    heads = next(count for name in layouts.HEAD_COUNTS if (count := attribute(owner, name)) is not None)
     if len(names.qkv) == 1:
-        packed = _linear(block, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))
-        query, key, value = packed.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        packed = _linear(parts, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))
+        query, key, value = packed.reshape(*packed.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     else:
-        key_heads = getattr(owner, layouts.KEY_HEAD_COUNT, heads)
-        projected = [_linear(block, layout, ops, path, x) for path in names.qkv]
+        key_heads = attribute(owner, layouts.KEY_HEAD_COUNT, heads)
+        projected = [_linear(parts, layout, ops, path, x) for path in names.qkv]
         counts = (heads, key_heads, key_heads)
         query, key, value = (t.unflatten(2, (n, -1)).transpose(1, 2) for t, n in zip(projected, counts, strict=True))
     if layout.head_norm is None:
-        norms = part(block, names.query_norm), part(block, names.key_norm)
+        norms = parts.part(names.query_norm), parts.part(names.key_norm)
         query, key = (t if n is None else n(t).to(value.dtype) for n, t in zip(norms, (query, key), strict=True))
     return [query, key, value]
 
 
-def _positions(block: nn.Module, layout: Layout, call: Call) -> dict[str, Any] | None:
+def _positions(parts: Parts, layout: Layout, call: Call) -> dict[str, Any] | None:
     """The arguments of ``qk_norm_rope`` beside query and key; None where the block neither rotates nor normalizes them."""
     if layout.head_norm is None and call.cos is None:
         return None
     names = layout.attention
-    keywords: dict[str, Any] = {"cos": call.cos, "sin": call.sin, "interleaved": _interleaved(child(block, names.owner), layout)}
+    keywords: dict[str, Any] = {"cos": call.cos, "sin": call.sin, "interleaved": _interleaved(parts.child(names.owner), layout)}
     if layout.head_norm is not None:
-        norms = part(block, names.query_norm), part(block, names.key_norm)
+        norms = parts.part(names.query_norm), parts.part(names.key_norm)
         for name, norm in zip(("query", "key"), norms, strict=True):
             keywords[f"{name}_weight"] = norm.weight
             keywords[f"{name}_bias"] = getattr(norm, "bias", None)
@@ -296,34 +306,41 @@ def _interleaved(owner: Any, layout: Layout) -> bool:
 
 def _separate_bias(owner: Any) -> Tensor | None:
     """The packed projection's bias where the owner keeps it in three (timm's EVA, whose keys have zeros)."""
-    biases: list[Any] = [getattr(owner, name, None) for name in layouts.SEPARATE_BIASES]
-    return None if any(bias is None for bias in biases) else torch.cat(biases)
+    biases = []
+    for name in layouts.SEPARATE_BIASES:
+        bias = attribute(owner, name)
+        if bias is None:
+            return None
+        biases.append(bias)
+    return torch.cat(biases)
 
 
 def _scale(owner: Any, head_dim: int) -> float:
     for name in layouts.SCALINGS:
-        scaling = getattr(owner, name, None)
+        scaling = attribute(owner, name)
         if isinstance(scaling, float):
             return scaling
     return head_dim**-0.5
 
 
-def _mlp(block: nn.Module, layout: Any, ops: Any, x: Tensor) -> Tensor:
+def _mlp(parts: Parts, layout: Any, ops: Any, x: Tensor) -> Tensor:
     if layout.mlp is None:
-        return block.get_submodule(layouts.OPAQUE_MLP)(x)
+        return parts.block.get_submodule(layouts.OPAQUE_MLP)(x)
     names = layout.mlp
-    hidden_norm = part(block, names.hidden_norm)
-    drops = list(_active(child(block, names.hidden_drop)))
+    hidden_norm = parts.part(names.hidden_norm)
+    drops = list(_active(parts.child(names.hidden_drop)))
     own = names.fc1 in layout.called or names.fc2 in layout.called
-    if hidden_norm is None and not drops and layout.gating is None and not own:
-        fc1, fc2 = child(block, names.fc1), child(block, names.fc2)
-        return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, activation=layout.activation)
+    inference = ops is TRITON and not torch.is_grad_enabled()  # two linears below; the one operator is for backward
+    if hidden_norm is None and not drops and layout.gating is None and not own and not inference:
+        fc1, fc2 = parts.child(names.fc1), parts.child(names.fc2)
+        weights = (parameter(fc, name) for fc in (fc1, fc2) for name in ("weight", "bias"))
+        return ops.mlp(x, *weights, activation=layout.activation)
     if layout.gating is None:
-        hidden = _linear(block, layout, ops, names.fc1, x, layout.activation)
+        hidden = _linear(parts, layout, ops, names.fc1, x, layout.activation)
     else:
-        hidden = _linear(block, layout, ops, names.fc1, x)
+        hidden = _linear(parts, layout, ops, names.fc1, x)
         if layout.gating == "beside":
-            gate, value = _linear(block, layout, ops, names.gate, x), hidden
+            gate, value = _linear(parts, layout, ops, names.gate, x), hidden
         else:
             first, last = hidden.chunk(2, dim=-1)
             gate, value = (first, last) if layout.gating == "first" else (last, first)
@@ -333,11 +350,11 @@ def _mlp(block: nn.Module, layout: Any, ops: Any, x: Tensor) -> Tensor:
         hidden = module(hidden)
     if hidden_norm is not None:
         hidden = hidden_norm(hidden)
-    return _linear(block, layout, ops, names.fc2, hidden)
+    return _linear(parts, layout, ops, names.fc2, hidden)
 
 
 def _linear(
-    block: nn.Module,
+    parts: Parts,
     layout: Layout,
     ops: Any,
     path: str | None,
@@ -346,9 +363,12 @@ def _linear(
     bias: Tensor | None = None,
 ) -> Tensor:
     """A plain linear with its epilogue; any other module (an adapter, a quantized linear) called as it is."""
-    module = child(block, path)
+    module = parts.child(path)
     if path not in layout.called:
-        return ops.linear(x, module.weight, module.bias if bias is None else bias, activation=activation)
+        bias = parameter(module, "bias") if bias is None else bias
+        if activation is None and ops is TRITON and backend.get_backend() == "auto":  # what the module itself would do
+            return F.linear(x, parameter(module, "weight"), bias)
+        return ops.linear(x, parameter(module, "weight"), bias, activation=activation)
     out = module(x) if bias is None else module(x) + bias
     return out if activation is None else _ACTIVATIONS[activation](out)
 
@@ -367,25 +387,25 @@ def _active(*dropouts: Any) -> Iterator[nn.Module]:
 
 
 def _branch(
-    block: nn.Module, residual: layouts.Residual, drops: tuple[str, ...], branch: Tensor
+    parts: Parts, residual: layouts.Residual, drops: tuple[str, ...], branch: Tensor
 ) -> tuple[Tensor, Tensor | None, bool]:
     """The branch as it enters the sum, the LayerScale still to be applied to it, and whether no module touched it here."""
     owned = True
-    for module in _active(*(child(block, path) for path in drops), child(block, residual.drop)):
+    for module in _active(*(parts.child(path) for path in drops), parts.child(residual.drop)):
         branch, owned = module(branch), False
-    scale = _scale_of(block, residual.scale)
-    drop_path = part(block, residual.drop_path)
+    scale = _scale_of(parts, residual.scale)
+    drop_path = parts.part(residual.drop_path)
     if drop_path is not None and drop_path.training:
         branch, owned = drop_path(branch if scale is None else branch * scale), False
         scale = None
     return branch, scale, owned
 
 
-def _scale_of(block: nn.Module, path: str | None) -> Any:
+def _scale_of(parts: Parts, path: str | None) -> Any:
     """A LayerScale's one parameter, or the block's own of that name; in replicas of ``DataParallel`` a plain attribute."""
-    layer_scale = part(block, path)
+    layer_scale = parts.part(path)
     if layer_scale is None:
-        return None if path is None or "." in path or child(block, path) is not None else getattr(block, path, None)
+        return None if path is None or "." in path or parts.child(path) is not None else getattr(parts.block, path, None)
     for name in layouts.SCALE_PARAMETERS:
         if name in layer_scale._parameters or name in layer_scale.__dict__:
             return getattr(layer_scale, name)

@@ -9,10 +9,14 @@ Inference only; on the torch backend nothing would be gained.
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .parts import parameter
 
 BACKENDS = ("triton",)  # where it gains something; tests widen it
 _slot = threading.local()
@@ -45,7 +49,7 @@ def possible(backend: str, residual: Tensor, branch: Tensor, norm: nn.LayerNorm)
         return False
     if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:
         return False
-    for tensor in (norm.weight, norm.bias):
+    for tensor in (parameter(norm, "weight"), parameter(norm, "bias")):
         if tensor is None:
             continue
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device == residual.device
@@ -56,11 +60,18 @@ def possible(backend: str, residual: Tensor, branch: Tensor, norm: nn.LayerNorm)
 
 def add_layer_norm(ops: Any, residual: Tensor, branch: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
     """residual + scale·branch, its norm being left for the block that comes next."""
+    weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     # Tensors made in inference mode have no version counter to tell a change by; made outside it, they have.
-    with torch.inference_mode(False), torch.no_grad():
-        normalized, total = ops.add_layer_norm(residual, branch, norm.weight, norm.bias, norm.eps, layer_scale=scale)
+    with _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext():
+        normalized, total = ops.add_layer_norm(residual, branch, weight, bias, norm.eps, layer_scale=scale)
     _slot.offer = _Offer(total, norm, normalized)
     return total
+
+
+@contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def collect(x: Tensor, norm: Any) -> Tensor | None:

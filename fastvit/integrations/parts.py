@@ -6,7 +6,7 @@ after ``accelerate`` is seen, and the block runs its own forward.
 
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Layout:
     fused operator computes. ``head_dim``: where it is known. ``kinds``: path → class of every descendant that the fused path
     stands in for. ``own``: path → why that descendant is called as the module it is. ``window``: where the hidden states are
     images, tokens a side of the attention's windows, 0 for the whole image; ``relative``: with tables of relative positions.
+    ``called``: the paths of ``own``.
     """
 
     norms: layouts.Norms
@@ -59,9 +60,10 @@ class Layout:
     window: int | None = None
     relative: bool = False
 
-    @property
-    def called(self) -> tuple[str, ...]:
-        return tuple(path for path, _ in self.own)
+    called: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "called", tuple(path for path, _ in self.own))
 
     @property
     def rotary(self) -> bool:
@@ -96,6 +98,88 @@ def part(module: nn.Module, path: str | None) -> Any:
     """``child``, an Identity counting as none."""
     found = child(module, path)
     return None if isinstance(found, nn.Identity) else found
+
+
+Children = dict[str | None, Any]
+
+
+class Parts:
+    """A block and its descendants by path; ``children``: those that were looked up before."""
+
+    def __init__(self, block: nn.Module, children: Children | None = None):
+        self.block = block
+        self.children: Children = {} if children is None else children
+
+    def child(self, path: str | None) -> Any:
+        """``child`` of the block."""
+        if path not in self.children:
+            self.children[path] = child(self.block, path)
+        return self.children[path]
+
+    def part(self, path: str | None) -> Any:
+        """``part`` of the block."""
+        found = self.child(path)
+        return None if isinstance(found, nn.Identity) else found
+
+
+class Known:
+    """A block's descendants as they were looked up, good for as long as every module in it has the children it had.
+
+    ``stood_in_for``: kind, module and attributes of those that ``hooked`` looks at. Holds no reference to the block itself,
+    which may hold this.
+    """
+
+    def __init__(self, block: nn.Module, kinds: tuple[tuple[str, type], ...]):
+        self.children: Children = {path: child(block, path) for path, _ in kinds}
+        found = [(kind, self.children[path]) for path, kind in kinds if self.children[path] is not None]
+        self.stood_in_for = [(kind, module, module.__dict__) for kind, module in found]
+        self.complete = len(found) == len(kinds)
+        self.tables = [(m if m is not block else None, m._modules, _items(m)) for m in block.modules() if m._modules]
+
+    def holds(self, block: nn.Module) -> bool:
+        for module, table, items in self.tables:
+            if (block if module is None else module)._modules is not table or tuple(table.items()) != items:
+                return False
+        return True
+
+    def plainly_the_same(self) -> bool:
+        """Whether ``hooked`` has nothing to look at more closely."""
+        hooks = torch.nn.modules.module
+        if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+            return False
+        if hooks._global_backward_hooks or hooks._global_backward_pre_hooks or not self.complete:
+            return False
+        for kind, module, own in self.stood_in_for:
+            if module.__class__ is not kind or "forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"]:
+                return False
+            if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+                return False
+            if kind is nn.Linear and type(own["_parameters"].get("weight")) not in PLAIN_TENSORS:
+                return False
+        return True
+
+
+def _items(module: nn.Module) -> tuple:
+    return tuple(module._modules.items())
+
+
+def parameter(module: Any, name: str) -> Any:
+    """``getattr`` for a parameter, past a module's slower own; replicas of ``DataParallel`` have plain attributes instead."""
+    table = module._parameters
+    return table[name] if name in table else getattr(module, name)
+
+
+def attribute(module: Any, name: str, default: Any = None) -> Any:
+    """``getattr`` with a default, which a module's own reaches only by raising an error."""
+    own, cls = module.__dict__, type(module)
+    if name in own:
+        return own[name]
+    if hasattr(cls, name) or cls.__getattr__ is not nn.Module.__getattr__:
+        return getattr(module, name, default)
+    for table in (module._parameters, module._buffers, module._modules):
+        if name in table:
+            return table[name]
+    return default
 
 
 AnyLayout = Layout | multihead.MultiheadLayout | decoder.DecoderLayout | two_way.TwoWayLayout
@@ -364,17 +448,19 @@ def _head_count(owner: Any) -> int | None:
 # --- at every call ------------------------------------------------------------------------------------------------------
 
 
-def why_not_now(block: nn.Module, layout: Layout, masked: bool) -> str | None:
+def why_not_now(block: nn.Module, layout: Layout, masked: bool, known: Known | None = None) -> str | None:
     """Why a block that has a layout must run its own forward this time, or None; ``masked``: the call has a mask."""
-    reason = why_not_parts(block, layout)
+    parts = Parts(block, None if known is None else known.children)
+    reason = why_not_parts(block, layout, known)
     if reason is not None:
         return reason
-    owner = child(block, layout.attention.owner)
-    implementation = getattr(getattr(owner, "config", None), "_attn_implementation", None)
+    owner = parts.child(layout.attention.owner)
+    config = attribute(owner, "config")
+    implementation = None if config is None else getattr(config, "_attn_implementation", None)
     flash = isinstance(implementation, str) and implementation.startswith("flash_attention") and not masked
     if implementation not in (None, "sdpa", "eager") and not flash:
         return f"the attention implementation {implementation!r} was asked for"
-    if getattr(owner, "is_causal", False):
+    if attribute(owner, "is_causal", False):
         return f"{layout.attention.owner} is set to causal attention"
     if drops_attention_weights(owner):
         return "dropout of the attention weights is active"
@@ -388,16 +474,18 @@ def why_not_in_windows(block: nn.Module, layout: Layout) -> str | None:
     return grid.why_not_in_windows(block, child(block, owner), part(block, layout.residuals[0].drop_path), called)
 
 
-def why_not_parts(block: nn.Module, layout: "Layout | two_way.TwoWayLayout") -> str | None:
+def why_not_parts(block: nn.Module, layout: "Layout | two_way.TwoWayLayout", known: Known | None = None) -> str | None:
     """Why the descendants that the fused path stands in for are no longer what they were, or None."""
-    reason = hooked(block, layout.kinds)
+    reason = hooked(block, layout.kinds, known)
     if reason is None and layout.mlp is not None and layout.activation != activation_of(block, layout.mlp, bool(layout.gating)):
         return f"{layout.mlp.activation} now computes something else than {layout.activation}"
     return reason
 
 
-def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...]) -> str | None:
-    """Why descendants that were of these kinds cannot be stood in for now, or None."""
+def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...], known: Known | None = None) -> str | None:
+    """Why descendants that were of these kinds cannot be stood in for now, or None; ``known``: these descendants."""
+    if known is not None and known.plainly_the_same():
+        return None
     for name in GLOBAL_HOOKS:
         if getattr(torch.nn.modules.module, name):
             return "a hook is registered for all modules"
@@ -426,7 +514,7 @@ def _among(kind: type, other: type) -> str:
 def drops_attention_weights(owner: Any) -> bool:
     """Whether the attention now drops weights, which the fused one does not."""
     for name in layouts.WEIGHTS_DROPS:
-        dropout = getattr(owner, name, 0.0)
+        dropout = attribute(owner, name, 0.0)
         rate, training = (dropout.p, dropout.training) if isinstance(dropout, nn.Module) else (dropout, owner.training)
         if rate and training:
             return True

@@ -5,7 +5,7 @@ all there is to undo. Pickling and ``copy.deepcopy`` go by the original class an
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
-from .parts import AnyLayout, Layout, hooked, why_not_now, why_not_parts
+from .parts import AnyLayout, Known, Layout, hooked, why_not_now, why_not_parts
 
 ATTRIBUTE = "_fastvit_serving"
 
@@ -25,13 +25,27 @@ ATTRIBUTE = "_fastvit_serving"
 class Serving:
     """What a served block, or an attention that is served by itself, carries.
 
-    ``fallback``: why it last ran its own forward, None after a fused call.
+    ``fallback``: why it last ran its own forward, None after a fused call. ``known``: its descendants, looked up once; no copy
+    takes them along.
     """
 
     layout: AnyLayout
     backend: str
     next_norm: nn.LayerNorm | None = None
     fallback: str | None = None
+    known: Known | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "known": None}
+
+    def look_up(self, block: nn.Module) -> Known | None:
+        """The descendants of the block that carries this."""
+        if torch.compiler.is_compiling():
+            return None
+        known = self.known
+        if known is None or not known.holds(block):
+            self.known = known = Known(block, self.layout.kinds)
+        return known
 
 
 class ServedBlock(nn.Module):
@@ -71,7 +85,8 @@ def _derive(cls: Any) -> type:
         elif serving is None:
             call = "it carries no description of its parts"
         else:
-            call = _read(self, serving.layout, args, kwargs)
+            known = serving.look_up(self)
+            call = _read(self, serving.layout, args, kwargs, known)
         if isinstance(call, str):
             _note(serving, call)
             return cls.forward(self, *args, **kwargs)
@@ -82,7 +97,7 @@ def _derive(cls: Any) -> type:
             return compute_decoder(self, serving.layout, call, serving.backend)
         if isinstance(call, two_way.TwoWayCall):
             return compute_two_way(self, serving.layout, call, serving.backend)
-        out = compute(self, serving.layout, call, serving.backend, serving.next_norm)
+        out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
         return out if call.present is None else nested_again(out, call.present)
 
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward}
@@ -119,16 +134,16 @@ def link(module: nn.Module, following: nn.Module) -> None:
         module.__dict__[ATTRIBUTE].next_norm = following.get_submodule(layouts[1].norms.before)
 
 
-def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict) -> Any:
+def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict, known: Known | None) -> Any:
     """What a served module was called with, or the reason why its fused path does not serve this call."""
     if isinstance(layout, MultiheadLayout):
-        return hooked(module, layout.kinds) or multihead.read_call(module, args, kwargs)
+        return hooked(module, layout.kinds, known) or multihead.read_call(module, args, kwargs)
     if isinstance(layout, decoder.DecoderLayout):
-        return hooked(module, layout.kinds) or decoder.read_call(module, layout, args, kwargs)
+        return hooked(module, layout.kinds, known) or decoder.read_call(module, layout, args, kwargs)
     if isinstance(layout, two_way.TwoWayLayout):
-        return why_not_parts(module, layout) or two_way.read_call(module, layout, args, kwargs)
+        return why_not_parts(module, layout, known) or two_way.read_call(module, layout, args, kwargs)
     call = read_call(module, layout, args, kwargs)
-    return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None) or call
+    return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None, known) or call
 
 
 def _note(serving: Serving | None, reason: str | None) -> None:
