@@ -39,6 +39,8 @@ int cuDriverGetVersion(int *v) { *v = 12080; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = "stub"; return 0; }
 int cuCtxGetCurrent(void **c) { *c = (void *)1; return 0; }
 int cuCtxSetCurrent(void *c) { return 0; }
+int cuCtxGetDevice(int *d) { *d = 0; return 0; }
+int cuStreamIsCapturing(void *s, int *v) { *v = 0; return 0; }
 int cuCtxGetLimit(u64 *v, int l) { *v = 0; return 0; }
 int cuCtxSetLimit(int l, u64 v) { return 0; }
 int cuDeviceGet(int *d, int i) { *d = i; return 0; }

@@ -83,7 +83,9 @@ def planned(function: Callable[..., None]) -> Callable[..., None]:
         first = args[0]
         if not first.is_cuda or not undisturbed():
             return function(*args)
-        signature: list[Any] = [first.get_device(), input_precision(first.dtype)]
+        signature: list[Any] = [first.get_device()]
+        if first.dtype is torch.float32:
+            signature.append(input_precision(torch.float32))
         pointers = []
         for argument in args:
             if isinstance(argument, Tensor):

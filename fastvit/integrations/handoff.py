@@ -45,7 +45,8 @@ def possible(backend: str, residual: Tensor, branch: Tensor, norm: nn.LayerNorm)
     """Whether a block may end with the next block's norm."""
     if torch.compiler.is_compiling() or backend not in BACKENDS or torch.is_grad_enabled():
         return False
-    if torch.is_autocast_enabled(residual.device.type) or branch.dtype != residual.dtype:
+    device_type = "cuda" if residual.is_cuda else residual.device.type
+    if torch.is_autocast_enabled(device_type) or branch.dtype != residual.dtype:
         return False
     if "forward" in norm.__dict__ or norm._forward_pre_hooks or norm._forward_hooks:
         return False
@@ -81,6 +82,6 @@ def collect(x: Tensor, norm: Any) -> Tensor | None:
     offer = _slot.__dict__.pop("offer", None)
     if offer is None or offer.total() is not x or offer.norm() is not norm or torch.is_grad_enabled():
         return None
-    if torch.is_autocast_enabled(x.device.type) or offer.state != _state(x, norm):
+    if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type) or offer.state != _state(x, norm):
         return None
     return offer.normalized

@@ -39,15 +39,16 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     first = args[0]
     if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cuda:
         return function(*args)
+    grad = torch.is_grad_enabled()
+    if (grad and first.requires_grad) or not nothing_between() or torch.is_autocast_enabled("cuda"):
+        return function(*args)
     backend = get_backend()
-    if backend == "torch":
+    if backend == "torch" or forward_ad._current_level >= 0 or not kernels._plans.undisturbed():
         return function(*args)
-    if not nothing_between() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cuda"):
-        return function(*args)
-    if not kernels._plans.undisturbed():
-        return function(*args)
-    device, grad = first.get_device(), torch.is_grad_enabled()
-    signature: list[Any] = [function, backend, device, kernels._launch.input_precision(first.dtype)]
+    device = first.get_device()
+    signature: list[Any] = [function, backend, device]
+    if first.dtype is torch.float32:
+        signature.append(kernels._launch.input_precision(torch.float32))
     pointers = []
     for arg in args:
         kind = arg.__class__
