@@ -15,7 +15,7 @@ ATTENTION = [
     Attention("ViT-B/16 384", 32, 12, 577, 64),
     Attention("ViT-B/16 512", 16, 12, 1025, 64),
     Attention("ViT-B/16 768", 8, 12, 2305, 64),
-    Attention("ViT-B/16 1024", 4, 12, 4097, 64),
+    Attention("ViT-B/16 1024", 2, 12, 4097, 64),
     Attention("ViT-L/16 224", 32, 16, 197, 64),
     Attention("ViT-L/16 384", 16, 16, 577, 64),
     Attention("ViT-L/14 518", 8, 16, 1370, 64),

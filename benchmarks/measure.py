@@ -69,15 +69,15 @@ def check(name: str, result: Sequence[Tensor], exact: Sequence[Tensor], dtype: t
     return error
 
 
-def interleaved(calls: Mapping[str, Call], budget_s: float) -> dict[str, Timing]:
-    """Times the calls in turns on the CPU, forwards and backwards, for about ``budget_s`` seconds and at least one round.
+def interleaved(calls: Mapping[str, Call], budget_s: float, least: int = 1) -> dict[str, Timing]:
+    """Times the calls in turns on the CPU, forwards and backwards, for about ``budget_s`` seconds and ``least`` rounds.
 
     The ``samples`` of two of them belong together round by round: the ratios of rounds are what a busy machine leaves alone.
     """
     wall: dict[str, list[float]] = {name: [] for name in calls}
     spent: dict[str, list[float]] = {name: [] for name in calls}
     end, number = time.perf_counter() + budget_s, 0
-    while number < MOST_ROUNDS and (number == 0 or time.perf_counter() < end):
+    while number < MOST_ROUNDS and (number < least or time.perf_counter() < end):
         for name in list(calls) if number % 2 == 0 else reversed(calls):
             start, start_cpu = time.perf_counter(), time.process_time()
             calls[name]()

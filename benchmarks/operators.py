@@ -11,7 +11,7 @@ from torch import Tensor
 import fastvit
 
 from . import cases, measure, peers, results
-from .problems import Problem
+from .problems import Attention, Problem
 from .settings import Settings, Task
 
 Function = Callable[..., Any]
@@ -73,9 +73,12 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
                 yield Task(row, functools.partial(run_case, sized))
 
 
-def _why_not(name: str, peer: peers.Peer, direction: str, settings: Settings) -> str | None:
-    if settings.device == "cpu" and not settings.dry and name not in CPU_PEERS:
-        return "not run on a CPU"
+def _why_not(case: Problem, name: str, peer: peers.Peer, direction: str, settings: Settings) -> str | None:
+    if settings.device == "cpu" and not settings.dry:
+        if name not in CPU_PEERS:
+            return "not run on a CPU"
+        if name == "compile" and isinstance(case, Attention) and case.rel is None:
+            return "compiled, it is sdpa again"
     if peer.mode is None:
         return None
     if peer.mode.startswith("max-autotune") and direction == "backward":
@@ -120,7 +123,7 @@ def run_case(case: Any, row: results.Row, settings: Settings) -> None:
     except Exception as error:  # a failing kernel is a result too
         row |= {"error": results.describe(error), "ours_ms": None}
     for name, peer in competing.items():
-        reason = _why_not(name, peer, direction, settings)
+        reason = _why_not(case, name, peer, direction, settings)
         if reason is None:
             try:
                 function = peer.build()
@@ -137,10 +140,11 @@ def run_case(case: Any, row: results.Row, settings: Settings) -> None:
 
 
 def _time_in_turns(row: results.Row, contestants: dict[str, Callable], settings: Settings) -> None:
-    """CPU: medians of interleaved calls, their ratios round by round, CPU time and the memory that a call adds."""
-    for call in contestants.values() if not settings.dry else ():
-        call()
-    timings = measure.interleaved(contestants, settings.budget_s(1.0))
+    """CPU: medians of interleaved calls, their ratios round by round, CPU time and the memory that a call adds.
+
+    All are warm: each was called to be checked.
+    """
+    timings = measure.interleaved(contestants, settings.budget_s(0.6), least=1 if settings.dry else 4)
     peaks = {name: None if settings.dry else measure.resident_peak_mb(call) for name, call in contestants.items()}
     mine = timings.pop("fastvit", None)
     row["peers"] = {name: timing.ms for name, timing in timings.items()}

@@ -7,8 +7,8 @@ from . import results
 from .results import Result, Row
 
 OURS, PEER, GREY = "#c2410c", "#1d4ed8", "#6b7280"
+OTHERS = ("#1d4ed8", "#0f766e", "#7e22ce", "#4b5563", "#65a30d")
 SWEEP = "ViT-B/16"  # attention cases of one model at growing resolution
-MOST_PEERS = 5
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
@@ -57,7 +57,7 @@ def roofline(result: Result, path: Path) -> Path | None:
     peak, copy = result["gemm_tflop_s"] * scale, result["copy_gb_s"] * 1e-3 * scale
     ends = sorted({min(intensity) / 2, peak / copy, max(intensity) * 2})
     axes.plot(ends, [min(peak, copy * x) for x in ends], color=GREY, lw=2)
-    axes.annotate("large matrix product", (ends[-1], peak), ha="right", va="bottom", color=GREY)
+    axes.annotate("large matrix product", (ends[-1], peak), ha="right", color=GREY, xytext=(0, -14), textcoords="offset points")
     axes.annotate(
         "large copy", (ends[0], copy * ends[0]), ha="left", va="bottom", color=GREY, xytext=(0, 8), textcoords="offset points"
     )
@@ -99,12 +99,15 @@ def against_tokens(result: Result, path: Path, memory: bool) -> Path | None:
 
     names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
     lines = {name: [value(r, r["peers"].get(name), r["peers_peak_mb"].get(name)) for r in rows] for name in names}
-    kept = sorted(names, key=lambda name: -sum(v is not None for v in lines[name]))[:MOST_PEERS]
+    kept = sorted(names, key=lambda name: -sum(v is not None for v in lines[name]))[: len(OTHERS)]
     tokens = [row["shape"][2] for row in rows]
-    for name in kept:
-        axes.plot(tokens, [float("nan") if v is None else v for v in lines[name]], marker="o", ms=4, lw=1.2, label=name)
+    for name, colour in zip(kept, OTHERS, strict=False):
+        values = [float("nan") if v is None else v for v in lines[name]]
+        axes.plot(tokens, values, marker="o", ms=4, lw=1.2, color=colour, label=name, zorder=5)
     mine = [value(row, row["ours_ms"], row["peak_mb"]) for row in rows]
-    axes.plot(tokens, [float("nan") if v is None else v for v in mine], marker="o", color=OURS, lw=2.5, label="fastvit", zorder=5)
+    axes.plot(
+        tokens, [float("nan") if v is None else v for v in mine], marker="o", ms=8, color=OURS, lw=4, alpha=0.6, label="fastvit"
+    )
     axes.set(xscale="log", yscale="log" if memory else "linear")
     axes.set_xticks(tokens, [str(count) for count in tokens], minor=False)
     axes.minorticks_off()

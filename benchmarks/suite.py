@@ -97,6 +97,8 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
     begun = time.monotonic()
     about = results.environment(job.device)
     path = None if job.dry else results.path_of(job.out, about, datetime.date.today(), job.quick)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written is better known now
     older = results.read(path) if path is not None and path.exists() else None
     if older is not None and older["commit"] != about["commit"]:
         older = None

@@ -1,6 +1,9 @@
 """``fastvit bench``: files, pictures and pages, going on where a run stopped, comparisons; the tables in the documentation."""
 
+import contextlib
+import io
 import json
+import shutil
 import time
 
 import pytest
@@ -13,26 +16,30 @@ CASE = "SAM mask decoder fc1"
 ONE = ["--device", "cpu", "--part", "linear", "--case", CASE, "--quick"]
 
 
-@pytest.fixture
-def bench(monkeypatch, capsys):
+def call(*arguments):
     """Runs ``fastvit bench`` with the arguments: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(suite, "ceilings_of", lambda *_: {"copy_gb_s": 10.0, "gemm_tflop_s": 0.1})
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["fastvit", "bench", *map(str, arguments)])
+    out, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        patch.setattr("sys.argv", ["fastvit", "bench", *map(str, arguments)])
+        patch.setattr(suite, "ceilings_of", lambda *_: {"copy_gb_s": 10.0, "gemm_tflop_s": 0.1})
         with pytest.raises(SystemExit) as exit:
             run()
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
+    return exit.value.code, out.getvalue(), error.getvalue()
 
-    return call
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """A folder with the result of one case."""
+    folder = tmp_path_factory.mktemp("bench")
+    code, _, error = call(*ONE, "--out", folder)
+    assert (code, error) == (0, "")
+    return folder
 
 
 @pytest.fixture
-def measured(bench, tmp_path):
-    """A folder with a result of one case, and its file."""
-    code, _, error = bench(*ONE, "--out", tmp_path / "old")
-    assert (code, error) == (0, "")
+def measured(first_run, tmp_path):
+    """The result of one case, in a folder of the test's own."""
+    shutil.copytree(first_run, tmp_path / "old")
     (file,) = (tmp_path / "old" / "cpu").glob("*.json")
     return file
 
@@ -52,17 +59,17 @@ def test_a_run_writes_json_a_page_and_plots(measured):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_measured_already_is_not_measured_again(measured, bench):
+def test_what_is_measured_already_is_not_measured_again(measured):
     before = results.read(measured)
-    assert bench(*ONE, "--out", measured.parents[1])[0] == 0
+    assert call(*ONE, "--out", measured.parents[1])[0] == 0
     assert results.read(measured)["rows"] == before["rows"]
     failed = before | {"rows": [before["rows"][0] | {"error": "x", "ours_ms": None}]}
     results.write(measured, failed)
-    assert bench(*ONE, "--out", measured.parents[1])[0] == 0
+    assert call(*ONE, "--out", measured.parents[1])[0] == 0
     assert results.read(measured)["rows"][0]["ours_ms"] > 0
 
 
-def test_a_slowed_operator_is_flagged(measured, bench, tmp_path, monkeypatch):
+def test_a_slowed_operator_is_flagged(measured, tmp_path, monkeypatch):
     right = functional.linear
 
     def slowed(*args, **named):
@@ -70,16 +77,16 @@ def test_a_slowed_operator_is_flagged(measured, bench, tmp_path, monkeypatch):
         return right(*args, **named)
 
     monkeypatch.setattr(functional, "linear", slowed)
-    code, out, error = bench(*ONE, "--out", tmp_path / "new", "--compare", measured)
+    code, out, error = call(*ONE, "--out", tmp_path / "new", "--compare", measured)
     assert code == 1
     assert f"linear {CASE} forward fp32" in out
     assert "over 5 % slower" in error
     assert error.count("\n") == 1
 
 
-def test_a_wrong_operator_fails_the_run_and_gets_no_time(bench, tmp_path, monkeypatch):
+def test_a_wrong_operator_fails_the_run_and_gets_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(functional, "linear", lambda input, weight, bias, activation=None: input @ weight.T)
-    code, _, error = bench(*ONE, "--out", tmp_path)
+    code, _, error = call(*ONE, "--out", tmp_path)
     assert code == 1
     assert "WrongResult" in error
     (file,) = (tmp_path / "cpu").glob("*.json")
@@ -116,11 +123,11 @@ def test_comparing():
         ([*ONE, "--out", "broken.json"], "broken.json"),
     ],
 )
-def test_a_mistake_ends_in_one_line(arguments, says, bench, tmp_path, monkeypatch):
+def test_a_mistake_ends_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"rows": [{"case": 1}]}')
-    code, _, error = bench(*arguments)
+    code, _, error = call(*arguments)
     assert code == 1
     assert error.count("\n") == 1
     assert says in error

@@ -185,7 +185,7 @@ def test_inputs_rotate_beyond_the_cache():
 @pytest.mark.parametrize("case", ALL, ids=_name)
 def test_a_cpu_gets_the_same_case_with_less_of_it(case):
     reduced = case.on_cpu()
-    assert reduced.work()[0] <= max(4 * problems.CPU_FLOPS, 1)
+    assert reduced.work()[0] <= 5 * problems.CPU_FLOPS
     assert type(reduced) is type(case)
     assert reduced.options.keys() == case.options.keys()
     assert all(few <= many for few, many in zip(reduced.shape, case.shape, strict=True))
