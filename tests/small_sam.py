@@ -78,6 +78,13 @@ def own_sam(original: modeling.Sam) -> own.Sam:
     return sam.requires_grad_(False)
 
 
+def with_text(sam: own.Sam, text_dim: int) -> own.Sam:
+    """The same Sam, which takes texts as prompts too."""
+    torch.manual_seed(1)
+    sam.prompt_encoder.text_embedding = nn.Linear(text_dim, DIM)
+    return sam.requires_grad_(False)
+
+
 class Spots(nn.Module):
     """A mask decoder that adds to the masks of a random one a spot around the first point of the prompt.
 

@@ -1,5 +1,6 @@
 """``SamAutomaticMaskGenerator`` beside segment_anything's, and the parts that it is made of against plain definitions."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -73,6 +74,7 @@ def assert_same(expected: list[dict], actual: list[dict]) -> None:
         assert list(left) == list(right)
         assert iou(left["segmentation"], right["segmentation"]) >= 0.999
         assert {**left, "segmentation": 0} == {**right, "segmentation": 0}
+        assert json.dumps(left["crop_box"]) == json.dumps(right["crop_box"]), "whole numbers or floats"
 
 
 CASES = {
@@ -83,6 +85,7 @@ CASES = {
     "crops": {"crop_n_layers": 1, "points_per_side": 4},
     "two layers of crops with fewer points": {"crop_n_layers": 2, "crop_n_points_downscale_factor": 2, "points_per_side": 4},
     "crops that do not overlap": {"crop_n_layers": 1, "crop_overlap_ratio": 0.0, "points_per_side": 4, "crop_nms_thresh": 0.3},
+    "a crop that finds nothing": {"crop_n_layers": 1, "points_per_side": 2, "pred_iou_thresh": 0.7},
     "without small regions": {"min_mask_region_area": 40},
     "crops without small regions": {"min_mask_region_area": 60, "crop_n_layers": 1, "points_per_side": 4},
     "regions all below the area": {"min_mask_region_area": 5000},

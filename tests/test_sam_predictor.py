@@ -16,7 +16,7 @@ from segment_anything.utils.transforms import ResizeLongestSide as OriginalResiz
 import fastvit
 from fastvit import SamPredictor
 from fastvit.pipelines import ResizeLongestSide
-from tests.small_sam import GRID, SIDE, iou, own_sam, photograph, small_sam
+from tests.small_sam import GRID, SIDE, iou, own_sam, photograph, small_sam, with_text
 
 PROMPTS = {
     "a point": {"point_coords": [[225, 120]], "point_labels": [1]},
@@ -114,6 +114,22 @@ def test_the_image_encoder_alone_in_bfloat16(whose, sam, original):
         assert 0 < np.abs(actual[0] - expected[0]).max() < 0.1 * np.abs(expected[0]).max()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_originals_models_in_other_dtypes(dtype, original):
+    """Its prompt encoder knows float32 alone."""
+    predictor = SamPredictor(small_sam().to(dtype))
+    predictor.set_image(photograph())
+    assert predictor.get_image_embedding().dtype == dtype
+    low_res = original.predict(**arrays(PROMPTS["a point"]))[2][:1]
+    for prompt in (PROMPTS["a box and points"], {"mask_input": low_res}, {}):
+        expected, actual = original.predict(**arrays(prompt), return_logits=True), predictor.predict(**prompt, return_logits=True)
+        for left, right in zip(expected, actual, strict=True):
+            assert np.abs(right - left).max() < (1e-5 if dtype == torch.float64 else 0.1) * np.abs(left).max()
+    fastvit.accelerate(predictor.model)
+    np.testing.assert_allclose(predictor.predict()[2], actual[2], atol=0.05 * np.abs(actual[2]).max())
+    assert {parameter.dtype for parameter in predictor.model.parameters()} == {dtype}
+
+
 @pytest.mark.parametrize("name", ["coffee", "astronaut"])
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_channel_orders_and_other_photographs(name, image_format, sam):
@@ -158,6 +174,67 @@ def test_batches_of_prompts_give_what_each_gives_alone(predictor, original):
         single = predictor.predict(points[row].numpy(), np.array([1]))
         assert min(iou(a, b) for a, b in zip(single[0], masks[row].numpy(), strict=True)) >= 0.999
         np.testing.assert_allclose(single[1], quality[row].numpy(), rtol=1e-4, atol=1e-5)
+
+
+def both(sam, call):
+    """What a call gives with fastvit's Sam and with segment_anything's, each in its own predictor."""
+    results = []
+    for predictor in (SamPredictor(own_sam(sam)), Original(sam)):
+        predictor.set_image(photograph())
+        results.append(call(predictor))
+    for actual, expected in zip(*results, strict=True):
+        actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+        assert actual.shape == expected.shape
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+SHAPES = {
+    "labels of no kind": lambda p: p.predict(np.array([[30, 40], [60, 70]]), np.array([2, 3]), return_logits=True),
+    "labels alone": lambda p: p.predict(point_labels=np.array([1]), return_logits=True),
+    "labels alone, in tensors": lambda p: p.predict_torch(None, torch.ones(1, 1), return_logits=True),
+    "corners": lambda p: p.predict_torch(None, None, torch.tensor([[[3.0, 4], [50, 60]]] * 2), return_logits=True),
+    "rows": lambda p: p.predict_torch(None, None, torch.tensor([[[3.0, 4, 50, 60]]] * 2), return_logits=True),
+    "one mask for three points": lambda p: p.predict_torch(
+        torch.tensor([[[3.0, 4]], [[30, 9]], [[8, 50]]]), torch.ones(3, 1), None, torch.ones(1, 1, 32, 32), return_logits=True
+    ),
+}
+
+
+@pytest.mark.parametrize("call", SHAPES.values(), ids=SHAPES)
+def test_prompts_that_the_original_takes(call, sam):
+    both(sam, call)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_a_picture_of_floats_from_0_to_1(dtype, sam):
+    pixels = photograph().astype(dtype) / dtype(255)
+
+    def embed(predictor):
+        predictor.set_image(pixels, "BGR")
+        return [predictor.get_image_embedding()]
+
+    both(sam, embed)
+
+
+def test_several_scaled_pictures_share_a_prompt(sam):
+    pixels = torch.rand(2, 3, 40, SIDE, generator=torch.Generator().manual_seed(0)) * 255
+
+    def masks(predictor):
+        predictor.set_torch_image(pixels, (80, 128))
+        return [predictor.get_image_embedding(), *predictor.predict_torch(torch.ones(1, 1, 2), torch.ones(1, 1), None, None)[1:]]
+
+    both(sam, masks)
+
+
+def test_a_text_is_a_prompt():
+    sam = with_text(own_sam(small_sam()), 6)
+    words = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    predictor = SamPredictor(sam)
+    predictor.set_image(photograph())
+    sparse, dense = sam.prompt_encoder(text=words[None])
+    expected = sam.mask_decoder(predictor.features, sam.prompt_encoder.get_dense_pe(), sparse, dense, True)[0][0]
+    assert torch.equal(torch.as_tensor(predictor.predict(text_embedding=words)[2]), expected)
+    assert not torch.equal(torch.as_tensor(predictor.predict(text_embedding=-words.numpy())[2]), expected)
 
 
 def test_a_picture_is_encoded_once(sam):
@@ -294,14 +371,13 @@ def test_pictures_in_tensors_are_scaled_to_the_same_size():
 
 BAD_CALLS = [
     ({"point_coords": [[1, 2]]}, ValueError, "point_labels is None"),
-    ({"point_labels": [1]}, ValueError, "point_coords is None"),
     ({"point_coords": [1, 2], "point_labels": [1]}, ValueError, r"point_coords has shape \(2,\); expected \(N, 2\)"),
     ({"point_coords": [[1, 2], [3, 4]], "point_labels": [1]}, ValueError, r"point_labels has shape \(1,\); expected \(2,\)"),
-    ({"point_coords": [[1, 2]], "point_labels": [7]}, ValueError, r"point_labels is \[7\]"),
     ({"point_coords": [[1, float("nan")]], "point_labels": [1]}, ValueError, "point_coords holds numbers that are not finite"),
     ({"point_coords": [["a", "b"]], "point_labels": [1]}, TypeError, "point_coords has dtype"),
     ({"box": [1, 2, 3]}, ValueError, r"box has shape \(3,\); expected \(4,\)"),
-    ({"box": [[1, 2, 3, 4], [1, 2, 3, 4]]}, ValueError, r"box has shape \(2, 4\); expected \(1, 4\)"),
+    ({"box": [[1, 2, 3, 4], [1, 2, 3, 4]]}, ValueError, r"box has shape \(2, 4\); expected \(4,\)"),
+    ({"text_embedding": [1.0, 2.0]}, ValueError, "text_embeddings: the model takes none; expected a Sam"),
     ({"mask_input": np.zeros((1, 8, 8))}, ValueError, r"mask_input has shape \(1, 8, 8\); expected \(1, 32, 32\)"),
 ]
 
@@ -313,7 +389,9 @@ def test_prompts_that_do_not_fit_are_refused(prompt, error, says, predictor):
 
 
 BAD_IMAGES = [
-    (photograph() / 255, TypeError, "image has dtype float64; expected uint8"),
+    (photograph().astype(np.int16), TypeError, "image has dtype int16; expected uint8"),
+    (photograph().astype(np.float32), ValueError, "image has floats from 0 to 231; expected them from 0 to 1, or uint8"),
+    (np.full((3, 3, 3), np.nan), ValueError, "image has floats from nan to nan"),
     (photograph()[..., 0], ValueError, r"image has shape \(300, 451\); expected \(H, W, 3\)"),
     (np.zeros((0, 5, 3), np.uint8), ValueError, "at least one pixel"),
     (np.zeros((1, 500, 3), np.uint8), ValueError, "image is 1×500 pixels"),
@@ -330,18 +408,21 @@ def test_pictures_that_are_none_are_refused(image, error, says, sam):
 def test_other_mistakes_are_named(sam, predictor):
     with pytest.raises(ValueError, match="image_format is 'HSV'"):
         predictor.set_image(photograph(), "HSV")
-    with pytest.raises(ValueError, match=r"expected \(1, 3, H, W\) with a longest side of 64"):
+    with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\) with a longest side of 64"):
         predictor.set_torch_image(torch.zeros(1, 3, 60, 60), (60, 60))
-    with pytest.raises(ValueError, match="belong together"):
+    with pytest.raises(ValueError, match="point_labels is None"):
         predictor.predict_torch(torch.zeros(1, 1, 2), None)
     with pytest.raises(TypeError, match="sam_model is Linear, without image_encoder"):
         SamPredictor(torch.nn.Linear(2, 2))
     assert predictor.device == torch.device("cpu")
 
 
-def test_a_box_may_have_a_dimension_in_front(predictor):
+@pytest.mark.parametrize("shape", [(1, 4), (2, 2)])
+def test_a_box_may_be_a_row_or_two_corners(shape, predictor, original):
     box = np.array([120, 40, 330, 280])
-    np.testing.assert_array_equal(predictor.predict(box=box)[0], predictor.predict(box=box[None])[0])
+    expected = predictor.predict(box=box)[0]
+    for one in (predictor, original):
+        np.testing.assert_array_equal(one.predict(box=box.reshape(shape))[0], expected)
 
 
 def test_it_is_reached_from_the_package():

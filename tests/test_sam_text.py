@@ -95,6 +95,39 @@ def test_half_precision_is_taken(clip, folder):
         assert found[match.mask] == pytest.approx(match.similarity, abs=0.05)
 
 
+class Letters:
+    """A tokenizer and image processor for a SigLIP without files: letters are numbers, pictures are scaled."""
+
+    def __call__(self, text, images, return_tensors, truncation, padding, max_length=None):
+        ids = [*[ord(letter) % 40 + 2 for letter in text[0]][:max_length], 1]
+        if padding == "max_length":
+            ids = [*ids, *[1] * max_length][:max_length]
+        pixels = np.stack(
+            [np.asarray(image.resize((32, 32)), dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1 for image in images]
+        )
+        return {"input_ids": torch.tensor([ids]), "pixel_values": torch.from_numpy(pixels)}
+
+
+def test_a_siglip_gets_its_text_padded_to_the_length_it_was_trained_with():
+    """As its documentation says: padding="max_length"."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = sizes | {"vocab_size": 50, "max_position_embeddings": 24, "projection_size": 32}
+    config = transformers.SiglipConfig(text_config=words, vision_config=sizes | {"image_size": 32, "patch_size": 8})
+    model = transformers.SiglipModel(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected = []
+    for mask in regions()[:3]:
+        cut = text.cut_out(photograph(), mask)
+        inputs = Letters()([WORDS], [cut], "pt", True, padding="max_length", max_length=24)
+        with torch.no_grad():
+            output = model(**inputs)
+        expected.append(((output.logits_per_image - model.logit_bias) / model.logit_scale.exp()).item())
+    found = {match.mask: match.similarity for match in rank_by_text(photograph(), regions()[:3], WORDS, model, Letters())}
+    assert [found[row] for row in range(3)] == pytest.approx(expected, abs=1e-5)
+
+
 def test_no_masks_rank_as_none(clip):
     assert rank_by_text(photograph(), [], WORDS, *clip) == []
     assert rank_by_text(photograph(), regions()[3:4], WORDS, *clip) == [(0, -1.0)]
@@ -129,7 +162,7 @@ BAD = [
     ({"background": "white"}, ValueError, "background is 'white'; expected one of blur, blank, keep"),
     ({"masks": regions()[:, :10]}, ValueError, r"one of shape \(10, 451\); expected the image's, \(300, 451\)"),
     ({"masks": regions().astype(np.float32)}, TypeError, "masks hold float32; expected booleans"),
-    ({"image": photograph() / 255}, TypeError, "image has dtype float64"),
+    ({"image": photograph() > 9}, TypeError, "image has dtype bool"),
 ]
 
 

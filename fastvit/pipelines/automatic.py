@@ -126,7 +126,7 @@ class SamAutomaticMaskGenerator:
 
     @torch.no_grad()
     def generate(self, image: Any) -> list[dict[str, Any]]:
-        """Records of the masks in a picture, (H, W, 3) uint8 in RGB or a Pillow picture.
+        """Records of the masks in a picture, (H, W, 3) in RGB, uint8 or floats from 0 to 1, or a Pillow picture.
 
         A record has "segmentation" (as ``output_mode`` says), "area" in pixels, "bbox" and "crop_box" as [x, y, width, height],
         "predicted_iou", "stability_score" and "point_coords", [[x, y]], the prompt that the mask was found with.
@@ -135,9 +135,12 @@ class SamAutomaticMaskGenerator:
         height, width = pixels.shape[:2]
         crops = crop_boxes(height, width, self.crop_n_layers, self.crop_overlap_ratio)
         try:
-            found = _Proposals.joined([self._search(pixels, box, self.point_grids[layer]) for box, layer in crops])
+            parts = [self._search(pixels, box, self.point_grids[layer]) for box, layer in crops]
         finally:
             self.predictor.reset_image()
+        found = _Proposals.joined(parts)
+        if not all(part.rles for part in parts):  # then segment_anything's crop_box are floats
+            found.crops = found.crops.float()
         if len(crops) > 1:
             low, high = found.crops.split(2, dim=-1)
             found = found.take(nms(found.boxes, 1 / (high - low).prod(-1), self.crop_nms_thresh))

@@ -13,11 +13,12 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
+from torch.func import functional_call
 
+from ..models.sam import PromptEncoder
 from .transforms import ResizeLongestSide, as_pixels
 
 FORMATS = ("RGB", "BGR")
-LABELS = (-1, 0, 1)  # padding, background, foreground
 NEEDED = ("image_encoder", "prompt_encoder", "mask_decoder", "preprocess", "postprocess_masks", "mask_threshold", "image_format")
 
 
@@ -30,8 +31,8 @@ class SamPredictor:
 
     Args:
         sam_model: ``fastvit.models.Sam`` in any floating dtype, or segment_anything's, accelerated or not, whose prompt
-            encoder takes float32 alone. Of either the image encoder, where the time goes, may have a dtype of its own.
-            Raises ``TypeError`` for what lacks SAM's parts.
+            encoder takes float32 alone and is given it. Of either the image encoder, where the time goes, may have a dtype
+            of its own. Raises ``TypeError`` for what lacks SAM's parts.
 
     ``original_size`` and ``input_size`` are (H, W) of the picture before and after scaling, ``features`` is its embedding
     (1, C, h, w). After ``set_images`` the sizes are lists of these, and ``features`` is (pictures, C, h, w).
@@ -56,7 +57,7 @@ class SamPredictor:
         """Encodes a picture; prompts are about this one until the next.
 
         Args:
-            image: (H, W, 3) uint8, or a Pillow picture of any mode.
+            image: (H, W, 3) uint8, or floats from 0 to 1, or a Pillow picture of any mode.
             image_format: the order of an array's channels, "RGB" or "BGR".
         """
         self.set_torch_image(*self._scaled(image, image_format))
@@ -102,16 +103,17 @@ class SamPredictor:
 
     @torch.no_grad()
     def set_torch_image(self, transformed_image: Tensor, original_image_size: Sequence[int]) -> None:
-        """Encodes a picture that has been scaled already.
+        """Encodes a picture that has been scaled already, or several of one size.
 
         Args:
-            transformed_image: (1, 3, H', W'), values from 0 to 255, the longest side as ``transform`` makes it.
+            transformed_image: (B, 3, H', W'), values from 0 to 255, the longest side as ``transform`` makes it. Where B is
+                not 1, a single prompt is about all of them, and ``predict_torch`` gives a row each.
             original_image_size: (H, W) before scaling.
         """
         side = self.model.image_encoder.img_size
         shape = tuple(transformed_image.shape)
-        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != side:
-            raise ValueError(f"transformed_image has shape {shape}; expected (1, 3, H, W) with a longest side of {side}")
+        if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side or not shape[0]:
+            raise ValueError(f"transformed_image has shape {shape}; expected (B, 3, H, W) with a longest side of {side}")
         height, width = original_image_size
         self.reset_image()
         self.features = self._embed(self.model.preprocess(transformed_image.to(self.device)))
@@ -128,17 +130,20 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
         *,
+        text_embedding: ArrayLike | None = None,
         image_index: int = 0,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Masks for one prompt: points, a box and a mask together mean one object.
 
         Args:
             point_coords: (N, 2), as (x, y) in pixels of the picture.
-            point_labels: (N,), 1 for the object, 0 for what is not it; -1 for a row that is to be ignored.
-            box: (4,) or (1, 4), as (x0, y0, x1, y1) in pixels of the picture.
+            point_labels: (N,), 1 for the object, 0 for what is not it; -1 for a row that is to be ignored. Another whole
+                number marks a place alone. Without points, labels mean nothing.
+            box: (4,), (1, 4) or (2, 2), as (x0, y0, x1, y1) in pixels of the picture.
             mask_input: (1, h, w) logits: one of the masks that an earlier call returned last.
             multimask_output: three masks instead of one, for prompts that may mean part, object or group.
             return_logits: logits instead of the booleans "logit > model.mask_threshold".
+            text_embedding: (text_dim,), CLIP's of a text or an image, for a Sam of ours that has a ``text_dim``.
             image_index: which of the pictures of ``set_images``, the first being 0.
 
         Returns:
@@ -149,8 +154,9 @@ class SamPredictor:
         points = self._points(point_coords, point_labels, size)
         boxes = None if box is None else self._box(box, size)
         low_res_input = None if mask_input is None else self._mask(mask_input)
+        text = None if text_embedding is None else self._tensor(_numbers("text_embedding", text_embedding, (None,)))[None]
         masks, quality, low_res = self.predict_torch(
-            *points, boxes, low_res_input, multimask_output, return_logits, image_index=image_index
+            *points, boxes, low_res_input, multimask_output, return_logits, text_embeddings=text, image_index=image_index
         )
         return masks[0].cpu().numpy(), quality[0].cpu().numpy(), low_res[0].cpu().numpy()
 
@@ -164,6 +170,7 @@ class SamPredictor:
         multimask_output: bool = True,
         return_logits: bool = False,
         *,
+        text_embeddings: Tensor | None = None,
         image_index: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Masks for B prompts of one picture at once, on the model's device.
@@ -171,14 +178,17 @@ class SamPredictor:
         Args:
             point_coords: (B, N, 2) in the scaled picture: ``transform.apply_coords_torch`` brings them there.
             point_labels: (B, N), as in ``predict``.
-            boxes: (B, 4) in the scaled picture.
-            mask_input: (B, 1, h, w) logits.
+            boxes: (B, 4), (B, 1, 4) or (B, 2, 2) in the scaled picture.
+            mask_input: (B, 1, h, w) logits, or (1, 1, h, w) for all of the prompts.
+            text_embeddings: (B, text_dim), as in ``predict``.
 
         Returns:
             masks (B, C, H, W), estimated IoU (B, C) and low-resolution logits (B, C, h, w); no numbers below float32.
         """
         prompts = point_coords, point_labels, boxes, mask_input
-        low_res, quality = self.predict_low_res(*prompts, multimask_output, image_index=image_index)
+        low_res, quality = self.predict_low_res(
+            *prompts, multimask_output, text_embeddings=text_embeddings, image_index=image_index
+        )
         masks = self.upscale(low_res, image_index=image_index)
         return masks if return_logits else masks > self.model.mask_threshold, quality, low_res
 
@@ -191,21 +201,27 @@ class SamPredictor:
         mask_input: Tensor | None = None,
         multimask_output: bool = True,
         *,
+        text_embeddings: Tensor | None = None,
         image_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """What ``predict_torch`` knows before it scales masks up: logits (B, C, h, w) and estimated IoU (B, C)."""
         self._of(image_index)
-        if (point_coords is None) != (point_labels is None):
-            raise ValueError("point_coords and point_labels belong together; expected both or neither")
-        encoder, dtype = self.model.prompt_encoder, next(self.model.mask_decoder.parameters()).dtype
-        sparse, dense = encoder(
-            points=None if point_coords is None else (point_coords, point_labels),
-            boxes=boxes,
-            masks=None if mask_input is None else mask_input.to(dtype),
-        )
+        if point_coords is not None and point_labels is None:
+            raise ValueError("point_labels is None; expected one each of the point_coords")
+        prompts: dict[str, Any] = {
+            "points": None if point_coords is None else (point_coords, point_labels),
+            "boxes": boxes,
+            "masks": mask_input,
+        }
+        if text_embeddings is not None:
+            if getattr(self.model.prompt_encoder, "text_embedding", None) is None:
+                raise ValueError("text_embeddings: the model takes none; expected a Sam of fastvit's with a text_dim")
+            prompts["text"] = text_embeddings
+        sparse, dense, positions = self._encode(prompts)
+        features = self.features[image_index : image_index + 1] if self._several else self.features
         low_res, quality = self.model.mask_decoder(
-            image_embeddings=self.features[image_index : image_index + 1].to(dtype),
-            image_pe=encoder.get_dense_pe(),
+            image_embeddings=features.to(positions.dtype),
+            image_pe=positions,
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
             multimask_output=multimask_output,
@@ -228,6 +244,29 @@ class SamPredictor:
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
 
+    def _encode(self, prompts: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, dense prompts, and the positions of the picture, in the mask decoder's dtype.
+
+        segment_anything's prompt encoder takes float32 alone: weights of another dtype are converted for the call.
+        """
+        encoder = self.model.prompt_encoder
+        own, dtype = (next(part.parameters()).dtype for part in (encoder, self.model.mask_decoder))
+        if isinstance(encoder, PromptEncoder) or own == torch.float32:
+            masks = prompts["masks"]
+            sparse, dense = encoder(**prompts | {"masks": None if masks is None else masks.to(own)})
+            positions = encoder.get_dense_pe()
+        else:
+            weights = {name: tensor.float() for name, tensor in encoder.state_dict().items()}
+            sparse, dense = functional_call(encoder, weights, kwargs=prompts)
+            matrix = {name.removeprefix("pe_layer."): t for name, t in weights.items() if name.startswith("pe_layer.")}
+            positions = functional_call(encoder.pe_layer, matrix, (encoder.image_embedding_size,)).unsqueeze(0)
+        return sparse.to(dtype), dense.to(dtype), positions.to(dtype)
+
+    @property
+    def _several(self) -> bool:
+        """Whether the pictures that are set have prompts of their own."""
+        return isinstance(self.original_size, list)
+
     @property
     def _dtype(self) -> torch.dtype:
         """The image encoder's."""
@@ -237,10 +276,10 @@ class SamPredictor:
         """(original size, input size) of a picture that is set. Raises for one that is not."""
         if not self.is_image_set:
             raise RuntimeError("no image is set; call set_image before predicting")
-        count = len(self.features)
+        count = len(self.original_size) if self._several else 1
         if not isinstance(image_index, int) or not 0 <= image_index < count:
             raise ValueError(f"image_index is {image_index!r}; expected the place of one of {count} images, from 0 on")
-        if isinstance(self.original_size, list):
+        if self._several:
             return self.original_size[image_index], self.input_size[image_index]
         return self.original_size, self.input_size
 
@@ -249,7 +288,7 @@ class SamPredictor:
         if image_format not in FORMATS:
             raise ValueError(f"image_format is {image_format!r}; expected one of {', '.join(FORMATS)}")
         pixels = as_pixels(image)
-        given = image_format if pixels is image else "RGB"
+        given = "RGB" if isinstance(image, Image.Image) else image_format
         if given != self.model.image_format:
             pixels = pixels[..., ::-1]
         scaled = torch.as_tensor(self.transform.apply_image(np.ascontiguousarray(pixels)), device=self.device)
@@ -265,20 +304,18 @@ class SamPredictor:
     def _points(
         self, coords: ArrayLike | None, labels: ArrayLike | None, size: tuple[int, int]
     ) -> tuple[Tensor | None, Tensor | None]:
-        if coords is None and labels is None:
+        if coords is None:
             return None, None
-        if coords is None or labels is None:
-            missing = "point_coords" if coords is None else "point_labels"
-            raise ValueError(f"{missing} is None; expected it beside {'point_labels' if coords is None else 'point_coords'}")
+        if labels is None:
+            raise ValueError("point_labels is None; expected one each of the point_coords")
         points = _numbers("point_coords", coords, (None, 2))
         kinds = _numbers("point_labels", labels, (len(points),))
-        if not np.isin(kinds, LABELS).all():
-            raise ValueError(f"point_labels is {kinds.tolist()}; expected 1 (object), 0 (background) or -1 (no point)")
         scaled = self._tensor(self.transform.apply_coords(points, size))
         return scaled[None], torch.as_tensor(kinds.astype(np.int32), device=self.device)[None]
 
     def _box(self, box: ArrayLike, size: tuple[int, int]) -> Tensor:
-        numbers = _numbers("box", box, (1, 4) if np.ndim(box) == 2 else (4,))  # type: ignore[arg-type]
+        shape = np.shape(box) if np.shape(box) in ((1, 4), (2, 2)) else (4,)  # type: ignore[arg-type]
+        numbers = _numbers("box", box, shape)
         return self._tensor(self.transform.apply_boxes(numbers, size))
 
     def _mask(self, mask: ArrayLike) -> Tensor:

@@ -43,7 +43,7 @@ def rank_by_text(
     """All masks, the one that fits the text best first.
 
     Args:
-        image: (H, W, 3) uint8 in RGB, or a Pillow picture.
+        image: (H, W, 3) in RGB, uint8 or floats from 0 to 1, or a Pillow picture.
         masks: (N, H, W) booleans, or the records of ``SamAutomaticMaskGenerator.generate`` in any output mode.
         text: what to look for, in CLIP's language: "a photo of a cat" rather than "cat".
         clip_model: Hugging Face's ``CLIPModel``, or one with its outputs (``SiglipModel``); accelerated or not.
@@ -97,7 +97,7 @@ def cut_out(pixels: np.ndarray, mask: np.ndarray, background: str = "blur", marg
 
 def _similarities(cuts: list[Image.Image], text: str, model: nn.Module, processor: Any) -> np.ndarray:
     parameter = next(model.parameters())
-    inputs = processor(text=[text], images=cuts, return_tensors="pt", padding=True, truncation=True)
+    inputs = processor(text=[text], images=cuts, return_tensors="pt", truncation=True, **_padding(model))
     output = model(
         **{
             name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else None)
@@ -106,6 +106,14 @@ def _similarities(cuts: list[Image.Image], text: str, model: nn.Module, processo
     )
     images, words = (nn.functional.normalize(embeds.float(), dim=-1) for embeds in (output.image_embeds, output.text_embeds))
     return (images @ words[0]).cpu().numpy()
+
+
+def _padding(model: Any) -> dict[str, Any]:
+    """SigLIP (Zhai et al., 2023) was trained on texts padded to one length, and its embedding is that of the last place."""
+    config = model.config
+    if not str(config.model_type).startswith("siglip"):
+        return {"padding": True}
+    return {"padding": "max_length", "max_length": config.text_config.max_position_embeddings}
 
 
 def _as_masks(masks: Any, size: tuple[int, ...]) -> list[np.ndarray]:

@@ -71,16 +71,22 @@ class ResizeLongestSide:
 
 
 def as_pixels(image: Any) -> np.ndarray:
-    """A picture as (H, W, 3) uint8: an array of just that, or a Pillow picture (whose pixels become RGB).
+    """A picture as (H, W, 3) uint8: an array of just that, one of floats from 0 to 1, which are scaled to 255 and cut off as
+    segment_anything does, or a Pillow picture (whose pixels become RGB).
 
-    Raises ``TypeError`` for another type or dtype, ``ValueError`` for another shape or an empty picture.
+    Raises ``TypeError`` for another type or dtype, ``ValueError`` for another shape, range or an empty picture.
     """
     if isinstance(image, Image.Image):
         return np.asarray(image.convert("RGB"))
     if not isinstance(image, np.ndarray):
         raise TypeError(f"image is {type(image).__name__}; expected a NumPy array (H, W, 3) of uint8 or a PIL.Image")
-    if image.dtype != np.uint8:
-        raise TypeError(f"image has dtype {image.dtype}; expected uint8, with values from 0 to 255")
+    if image.dtype != np.uint8 and image.dtype.kind != "f":
+        raise TypeError(f"image has dtype {image.dtype}; expected uint8, with values from 0 to 255, or floats from 0 to 1")
     if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {image.shape}; expected (H, W, 3) with at least one pixel")
-    return image
+    if image.dtype == np.uint8:
+        return image
+    low, high = image.min(), image.max()
+    if not (low >= 0 and high <= 1):  # NaN is neither
+        raise ValueError(f"image has floats from {low:g} to {high:g}; expected them from 0 to 1, or uint8 from 0 to 255")
+    return (image * 255).astype(np.uint8)
