@@ -19,10 +19,14 @@ def read_picture(path: Path, at_least: int | None = None) -> Image.Image:
     may come scaled down, though not below it. Raises ``PictureError`` for everything that is no usable picture.
     """
     path = Path(path)
-    if not path.exists():
-        raise PictureError(f"{path}: no such file")
-    if not path.is_file():
-        raise PictureError(f"{path}: not a file")
+    try:
+        if not path.exists():
+            raise PictureError(f"{path}: no such file")
+        if not path.is_file():
+            raise PictureError(f"{path}: not a file")
+        path.open("rb").close()
+    except OSError as error:  # too long a name, a file or a folder of others
+        raise PictureError(f"{path}: may not be read ({error.strerror or error})") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on size and metadata; what matters raises

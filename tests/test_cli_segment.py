@@ -273,6 +273,32 @@ def test_another_question_is_not_written_over_the_first(command, cat):
     assert sorted(contents(Path("out/cat"))) == ["mask_000.png", "masks.json", "overlay.png"], "older masks are gone"
 
 
+def test_pictures_of_one_name_and_two_kinds_lie_side_by_side(command, folder):
+    Image.fromarray(face()[::-1].copy()).save(folder / "a.png")
+    assert command(folder, *POINT[:1], "30,40")[0] == 0
+    assert sorted(path.name for path in Path("out").iterdir()) == ["a_jpg", "a_png", "b", "c"]
+    assert (described(Path("out/a_jpg"))["width"], described(Path("out/a_png"))["width"]) == (60, 128)
+    assert "4 of 4 pictures are finished already" in command(folder, *POINT[:1], "30,40")[1]
+
+
+def test_a_picture_that_has_changed_is_done_again(command, folder):
+    assert command(folder, *POINT[:1], "30,40")[0] == 0
+    Image.fromarray(face()[:50]).save(folder / "b.png")
+    code, out, _ = command(folder, *POINT[:1], "30,40")
+    assert code == 0
+    assert "2 of 3 pictures are finished already" in out
+    assert described(Path("out/b"))["height"] == 50
+
+
+def test_weights_that_have_changed_are_another_question(command, cat, weights, tmp_path):
+    own = tmp_path / "own.pth"
+    shutil.copy(weights, own)
+    assert command(cat, *POINT, checkpoint=own)[0] == 0
+    torch.save(small_sam(seed=1).state_dict(), own)
+    assert_refused(command(cat, *POINT, checkpoint=own), "or with weights that have changed since")
+    assert command(cat, *POINT, "--overwrite", checkpoint=own)[0] == 0
+
+
 def test_two_pictures_of_one_name_are_refused(command, folder, tmp_path):
     shutil.copy(folder / "b.png", tmp_path / "b.png")
     assert_refused(command(folder, tmp_path / "b.png", *POINT), "would both be written to out")
@@ -341,7 +367,7 @@ def test_ctrl_c_is_one_line_and_a_rerun_goes_on(command, folder, weights):
 
 
 def test_ctrl_c_before_the_first_picture(command, cat, monkeypatch):
-    monkeypatch.setattr(segment, "_waiting", interrupted)
+    monkeypatch.setattr(segment, "to_do", interrupted)
     assert command(cat, *POINT) == (130, "", "fastvit: interrupted\n")
 
 
@@ -383,6 +409,7 @@ BAD = [
     ([*POINT, "--clip", "somewhere"], "--text and --clip belong together"),
     (["--text", " ", "--clip", "somewhere"], "--text is empty"),
     (["--everything", "--points-per-side", "4", "--crop-layers", "-1"], "--crop-layers"),
+    (["--everything", "--pred-iou-thresh", "nan"], "--pred-iou-thresh nan: expected a number"),
     ([*POINT, "--model", "vit_b"], "either --checkpoint FILE or --model"),
 ]
 
@@ -398,6 +425,44 @@ def test_weights_that_are_none(command, cat, tmp_path):
     assert_refused(command(cat, *POINT, checkpoint=tmp_path / "absent.pth"), "absent.pth")
     (tmp_path / "text.pth").write_text("no weights")
     assert_refused(command(cat, *POINT, checkpoint=tmp_path / "text.pth"), "text.pth")
+
+
+@pytest.mark.parametrize("question", [POINT, ["--everything", "--points-per-side", "2"]], ids=["a point", "everything"])
+def test_weights_that_give_no_numbers(question, command, cat, tmp_path):
+    torch.save({name: tensor * float("nan") for name, tensor in small_sam().state_dict().items()}, tmp_path / "nan.pth")
+    outcome = command(cat, *question, checkpoint=tmp_path / "nan.pth")
+    assert_refused(outcome, "cat.png: the model gives no numbers (NaN); its weights are damaged")
+    assert not Path("out").exists()
+
+
+def test_a_score_that_is_no_number_is_null(tmp_path):
+    counts = rle.compress_rle(rle.encode_rle(torch.zeros(1, 2, 2, dtype=torch.bool))[0])
+    record = {"segmentation": counts, "stability_score": float("nan"), "area": 0}
+    results.write_result(tmp_path / "cat", {}, (2, 2), [record], lambda path: path.write_bytes(b""))
+    text = (tmp_path / "cat" / "masks.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: 1 / 0)["masks"][0]["stability_score"] is None
+
+
+def test_names_that_no_file_can_have(command, cat):
+    assert_refused(command("a" * 300 + ".jpg", *POINT), "aaa.jpg: File name too long")
+    assert_refused(command(cat, *POINT, checkpoint="a" * 300), "cannot be looked for (File name too long)")
+    assert_refused(command(cat, *POINT, checkpoint="~nobody9/x.pth"), "~nobody9/x.pth: no such folder")
+    assert not Path("out").exists()
+
+
+def test_what_may_not_be_read_says_so(command, cat, monkeypatch):
+    """Permissions do not bind every user that tests run as: the refusal of the file system is played."""
+
+    def refuse(self, *args, **kwargs):
+        if self.name == "cat.png":
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    for name, says in (("open", "cat.png: may not be read (Permission denied)"), ("stat", "cat.png: Permission denied")):
+        real = getattr(type(cat), name)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(cat), name, refuse)
+            assert_refused(command(cat, *POINT), says)
 
 
 def test_pictures_that_are_none(command, tmp_path):

@@ -1,7 +1,6 @@
 """``fastvit segment``: masks of what is pointed at, of what words describe, or of everything, in pictures and folders."""
 
-import json
-from collections.abc import Iterable
+import math
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ import fastvit
 
 from .inputs import open_model, takes_text, user_errors
 from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, Interrupted, UserError, needs, pick_device, say, writing
+from .pending import pictures_in, request_of, stamps_of, to_do
 
 if TYPE_CHECKING:
     from ..pipelines import tasks
@@ -58,12 +58,14 @@ def segment(
 ) -> None:
     """Segment pictures with Segment Anything: prompted with points or a box, with words, or everything at once.
 
-    Each picture gets a folder: a PNG a mask, overlay.png, and masks.json with the masks as COCO's run-length encoding, their
-    estimated IoU and stability. Pictures whose folder is finished are skipped, so that a run that was interrupted goes on.
+    Each picture gets a folder of its name (a.jpg beside a.png: a_jpg and a_png): a PNG a mask, overlay.png, and masks.json with
+    the masks as COCO's run-length encoding, their estimated IoU and stability. Pictures whose folder is finished are skipped,
+    so that a run that was interrupted goes on; a picture that has changed since is done again.
     """
     console = Console(highlight=False)
     asked: dict[str, Any] = {
-        "checkpoint": _weights(checkpoint, model),
+        "checkpoint": (weights := _weights(checkpoint, model)),
+        "weights": stamps_of(weights),
         "dtype": dtype.value,
         "points": _points(point or [], label or []),
         "box": None if box is None else _corners(box),
@@ -80,12 +82,16 @@ def segment(
             "crop_n_layers": crop_layers,
             "min_mask_region_area": min_area,
         }
+        for name, number in asked["grid"].items():
+            if not math.isfinite(number):
+                raise UserError(f"--{name.replace('_', '-')} {number}: expected a number")
     if text is not None:
         asked["top"] = top
+        asked["clip_weights"] = stamps_of(clip or "")
     with needs("demo", "segment"):
         from ..pipelines import overlay  # noqa: F401
     target = pick_device(device)
-    waiting, finished = _waiting(_found(pictures), out, asked, overwrite)
+    waiting, finished = to_do(pictures_in(pictures), out, asked, overwrite)
     if finished:
         say(console, f"{finished} of {finished + len(waiting)} pictures are finished already (--overwrite does them again)")
     if waiting:
@@ -134,53 +140,6 @@ def _numbers(option: str, given: str, layout: str) -> list[float]:
     return numbers
 
 
-def _found(given: list[Path]) -> list[Path]:
-    """The pictures, a folder's sorted by name."""
-    from PIL import Image
-
-    found: list[Path] = []
-    for path in given:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        suffixes = Image.registered_extensions()
-        with writing(path):  # a folder that may not be read is refused as one that may not be written
-            inside = sorted(file for file in path.iterdir() if _visible(file) and file.suffix.lower() in suffixes)
-        if not inside:
-            raise UserError(f"{path}: no pictures in this folder")
-        found += inside
-    return list(dict.fromkeys(found))
-
-
-def _visible(file: Path) -> bool:
-    return file.is_file() and not file.name.startswith(".")
-
-
-def _waiting(pictures: Iterable[Path], out: Path, asked: dict[str, Any], overwrite: bool) -> tuple[list[tuple[Path, Path]], int]:
-    """(picture, its folder) of those that are to be done, and how many are finished."""
-    from ..pipelines.results import finished_request
-
-    homes: dict[Path, Path] = {}
-    waiting, finished = [], 0
-    for picture in pictures:
-        home = out / picture.stem
-        if home in homes:
-            raise UserError(f"{homes[home]} and {picture} would both be written to {home}; segment them with another --out")
-        homes[home] = picture
-        before = None if overwrite else finished_request(home)
-        if before is None:
-            waiting.append((picture, home))
-        elif before == json.loads(json.dumps(_request(picture, asked))):
-            finished += 1
-        else:
-            raise UserError(f"{home} holds what was asked otherwise; give another --out, or --overwrite to replace it")
-    return waiting, finished
-
-
-def _request(picture: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    return {"picture": str(picture.resolve()), **asked}
-
-
 def _task(asked: dict[str, Any], target: torch.device, dtype: torch.dtype) -> "tasks.Prompt | tasks.Everything | tasks.Words":
     from ..models.sam.checkpoints import load_sam
     from ..pipelines import tasks
@@ -225,6 +184,7 @@ def _segment_one(task: Any, picture: Path, home: Path, asked: dict[str, Any]) ->
     from ..pipelines.overlay import draw_masks
     from ..pipelines.results import write_result
 
+    request = request_of(picture, asked)  # as it is before it is read
     image = read_picture(picture)
     try:
         records, panels = task.run(image)
@@ -234,7 +194,7 @@ def _segment_one(task: Any, picture: Path, home: Path, asked: dict[str, Any]) ->
     with writing(home):
         write_result(
             home,
-            _request(picture, asked),
+            request,
             (image.height, image.width),
             records,
             lambda path: draw_masks(path, image, panels, title, picture.name, asked["points"], asked["box"]),

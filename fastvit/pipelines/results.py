@@ -5,6 +5,7 @@ run leaves no half of anything.
 """
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ def write_result(
     draw: Callable[[Path], Any],
 ) -> None:
     """Writes the records of a picture of ``size`` (H, W), each with an RLE under "segmentation", in place of what was there.
+    A score that is no number (the stability of an empty mask) becomes null.
 
     ``draw`` is called with the path that it is to write a PNG to. Raises ``OSError`` for what the file system refuses.
     """
@@ -56,10 +58,15 @@ def write_result(
         "height": size[0],
         "width": size[1],
         "overlay": DRAWING,
-        "masks": [{"file": name, **record} for name, record in zip(names, records, strict=True)],
+        "masks": [{"file": name, **_plain(record)} for name, record in zip(names, records, strict=True)],
     }
-    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(described, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     _replace(folder / DESCRIPTION, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _plain(record: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has neither NaN nor infinity."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()}
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:

@@ -4,7 +4,8 @@
 "predicted_iou", "stability_score", …), and the panels of a drawing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,8 @@ class Prompt:
             options["point_coords"] = [point[:2] for point in self.points]
             options["point_labels"] = [point[2] for point in self.points]
         several = len(self.points) == 1 and self.box is None
-        logits, quality, _ = self.predictor.predict(**options, multimask_output=several, return_logits=True)
+        with _numbers_only(self.predictor.model):
+            logits, quality, _ = self.predictor.predict(**options, multimask_output=several, return_logits=True)
         self.predictor.reset_image()
         order = np.argsort(-quality, kind="stable")
         records = _described(torch.from_numpy(logits[order]), quality[order], self.predictor.model.mask_threshold)
@@ -63,7 +65,8 @@ class Everything:
     generator: SamAutomaticMaskGenerator  # with output_mode "coco_rle"
 
     def run(self, picture: Image.Image) -> tuple[list[Record], list[Panel]]:
-        records = sorted(self.generator.generate(picture), key=lambda record: -record["area"])
+        with _numbers_only(self.generator.predictor.model):
+            records = sorted(self.generator.generate(picture), key=lambda record: -record["area"])
         masks = [decode_rle(record["segmentation"]) for record in records]
         return records, [(f"{len(masks)} mask{'' if len(masks) == 1 else 's'}", masks)]
 
@@ -79,11 +82,29 @@ class Words:
     top: int
 
     def run(self, picture: Image.Image) -> tuple[list[Record], list[Panel]]:
-        found = self.generator.generate(picture)
+        with _numbers_only(self.generator.predictor.model):
+            found = self.generator.generate(picture)
         matches = rank_by_text(picture, found, self.text, self.clip_model, self.clip_processor)[: self.top]
         records = [{**found[match.mask], "similarity": match.similarity} for match in matches]
         panels = [(f"similarity {record['similarity']:.3f}", [decode_rle(record["segmentation"])]) for record in records]
         return records, panels[:PANELS]
+
+
+@contextmanager
+def _numbers_only(sam: nn.Module) -> Iterator[None]:
+    """Within it, ``ValueError`` where the mask decoder gives what is no number: filters would only find nothing."""
+
+    def check(module: nn.Module, arguments: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        masks, quality = output
+        if not quality.isfinite().all() or masks.isnan().any():
+            dtype = str(masks.dtype).removeprefix("torch.")
+            raise ValueError(f"the model gives no numbers (NaN); its weights are damaged, or {dtype} is too small for it")
+
+    handle = sam.mask_decoder.register_forward_hook(check)  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _described(logits: torch.Tensor, quality: np.ndarray, threshold: float) -> list[Record]:
