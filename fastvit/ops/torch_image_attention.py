@@ -154,6 +154,12 @@ def _attend(
     buffer: _Buffer | None,
 ) -> Tensor:
     rows, columns = query.shape[2], query.shape[3]
+    centre = None
+    if pad is not None and pad.dtype == query.dtype and key_value.shape[3:5] != window:
+        # Weights add up to one: values less those of the padding, which many keys share, give the result less them. Thousands of
+        # the same number, added up one by one, are rounded the same way each time.
+        centre = torch.stack([torch.zeros_like(pad[0]), pad[1]])
+        key_value, pad = key_value - centre, pad - centre
     key, value = _padded(key_value, window, pad).flatten(3, 4)
     flat, bias = query.flatten(2, 3).contiguous(), None
     if table_h is not None and table_w is not None:
@@ -163,7 +169,8 @@ def _attend(
         shape = (*query.shape[:4], *window)
         out = None if buffer is None else buffer.take(query, shape)
         bias = torch.add(height.unsqueeze(-1), width.unsqueeze(-2), out=out).flatten(2, 3).flatten(3, 4)
-    return F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale).unflatten(2, (rows, columns))
+    out = F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale).unflatten(2, (rows, columns))
+    return out if centre is None else out + centre[1]
 
 
 def _padded(key_value: Tensor, window: tuple[int, int], pad: Tensor | None) -> Tensor:
