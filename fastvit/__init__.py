@@ -30,7 +30,7 @@ _LAZY = {
     "restore": "acceleration",
     "verify": "acceleration",
 }
-_LAZY_MODULES = ("models", "nn")
+_LAZY_MODULES = ("models", "nn", "quantization")
 
 __all__ = [
     "SamAutomaticMaskGenerator",
@@ -45,6 +45,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "quantization",
     "reference",
     "report",
     "restore",

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import backend as _backend
-from .integrations import dispatched, multihead, probe, swap
+from .integrations import dispatched, fp8, multihead, probe, swap
 from .integrations.parts import AnyLayout, find_layout
+from .ops.fp8 import why_not as why_not_fp8
+from .quantization import Accuracy
 from .reporting import Report, count_flops
 from .verification import Verification, compare, observed
 
@@ -44,6 +46,8 @@ class _State:
 class _Plan:
     layouts: dict[str, AnyLayout]
     skipped: dict[str, str]
+    fp8: dict[str, frozenset[str]]  # block → its parts in FP8
+    notes: dict[str, str]  # block → what the report says of its precision
 
 
 _dry_runs: "weakref.WeakKeyDictionary[nn.Module, tuple[Report, dict[str, AnyLayout]]]" = weakref.WeakKeyDictionary()
@@ -55,7 +59,7 @@ def accelerate(
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     backend: str = "auto",
-    precision: str | None = None,
+    precision: str | Accuracy | None = None,
     cuda_graphs: bool = False,
     dry_run: bool = False,
 ) -> Model:
@@ -69,27 +73,29 @@ def accelerate(
         include, exclude: glob patterns on module names ("encoder.layer.*"); a pattern also takes what lies inside a module
             that it matches. Excluded blocks appear in the report.
         backend: "auto" follows ``fastvit.get_backend()`` at every call; "triton" or "torch" pins these blocks to one.
-        precision: None keeps the model's own dtype.
+        precision: None keeps the model's own dtype. "fp8" computes linears in FP8, for inference on GPUs of compute capability
+            8.9 and later; what ``quantization.accuracy`` returned does so where it found that to be accurate.
         cuda_graphs: must be False in this version.
         dry_run: changes nothing; ``report(model)`` then shows what would be done.
 
     Raises:
         TypeError: ``model`` is no module. ValueError: an unknown option, a pattern that matches no module, or a model whose
-            served blocks were wrapped since (``fully_shard``).
+            served blocks were wrapped since (``fully_shard``), or FP8 asked for where it does not run.
     """
     _check_module(model)
     _check_options(backend, precision, cuda_graphs)
+    _check_fp8(model, backend, precision)
     _check_unwrapped(model)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     selected = _select(model, included, excluded)
     with _undone_on_error(model):
         restored = _snapshot(model)
         _release(model)
-        plan = _plan(model, selected)
+        plan = _plan(model, selected, precision)
         if dry_run:
             _revert(restored)
             accelerated = STATE in model.__dict__ or any(map(swap.is_served, model.modules()))
-            planned = {name: layout.describe() for name, layout in plan.layouts.items()}
+            planned = {name: layout.describe() + plan.notes.get(name, "") for name, layout in plan.layouts.items()}
             found = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, accelerated)
             _dry_runs[model] = found, plan.layouts
             return model
@@ -186,7 +192,7 @@ def _found(model: nn.Module) -> tuple[Report, dict[str, AnyLayout]]:
     state: _State | None = model.__dict__.get(STATE)
     served = {name: m.__dict__.get(swap.ATTRIBUTE) for name, m in model.named_modules() if swap.is_served(m)}
     layouts = {name: serving.layout for name, serving in served.items() if serving is not None}
-    replaced = {name: layout.describe() for name, layout in layouts.items()}
+    replaced = {name: serving.describe() for name, serving in served.items() if serving is not None}
     fallbacks = {name: serving.fallback for name, serving in served.items() if serving is not None and serving.fallback}
     pinned = state.options["backend"] if state else next((s.backend for s in served.values() if s), "auto")
     skipped = dict(state.skipped) if state else {}
@@ -280,7 +286,7 @@ def _with_kernels():
 # --- walk and swap ------------------------------------------------------------------------------------------------------
 
 
-def _plan(model: nn.Module, selected: dict[str, str | None]) -> _Plan:
+def _plan(model: nn.Module, selected: dict[str, str | None], precision: str | Accuracy | None) -> _Plan:
     """Which modules are served and which block-like ones are not; ``selected``: name → why it was not selected."""
     layouts: dict[str, AnyLayout] = {}
     skipped: dict[str, str] = {}
@@ -301,7 +307,26 @@ def _plan(model: nn.Module, selected: dict[str, str | None]) -> _Plan:
                 layouts[name] = layout
                 continue
         skipped[name] = str(reason)
-    return _Plan(layouts, skipped)
+    parts, notes = _fp8_parts(model, layouts, precision)
+    return _Plan(layouts, skipped, parts, notes)
+
+
+def _fp8_parts(
+    model: nn.Module, layouts: dict[str, AnyLayout], precision: str | Accuracy | None
+) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
+    """(block → its parts in FP8, block → what the report says of it)."""
+    parts: dict[str, frozenset[str]] = {}
+    notes: dict[str, str] = {}
+    for name, layout in layouts.items() if precision is not None else ():
+        reason = fp8.why_not(model.get_submodule(name), layout)
+        wanted = precision.parts.get(name, frozenset()) if isinstance(precision, Accuracy) else frozenset(fp8.PARTS)
+        if reason is None and wanted:
+            parts[name] = wanted
+        kept = [part for part in fp8.PARTS if part not in wanted]
+        notes[name] = f"; in its own dtype: {reason}" if reason else f"; in FP8: {', '.join(sorted(wanted)) or 'nothing'}"
+        if reason is None and kept:
+            notes[name] += f" ({', '.join(kept)} would cost too much accuracy)"
+    return parts, notes
 
 
 def _why_not_swap(module: nn.Module) -> str | None:
@@ -320,7 +345,9 @@ def _why_not_swap(module: nn.Module) -> str | None:
 
 def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
     for name, layout in plan.layouts.items():
-        swap.serve(model.get_submodule(name), swap.Serving(layout, backend))
+        weights = fp8.Weights(plan.fp8[name]) if name in plan.fp8 else None
+        serving = swap.Serving(layout, backend, fp8_weights=weights, note=plan.notes.get(name, ""))
+        swap.serve(model.get_submodule(name), serving)
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
             for module, following in itertools.pairwise(container):
@@ -381,15 +408,33 @@ def _check_module(model: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
 
 
-def _check_options(backend: str, precision: str | None, cuda_graphs: bool) -> None:
+def _check_options(backend: str, precision: str | Accuracy | None, cuda_graphs: bool) -> None:
     if backend not in _backend.BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_backend.BACKENDS)}")
-    if precision == "fp8":
-        raise ValueError("precision='fp8' is not in this version; leave precision=None to keep the model's own dtype")
-    if precision is not None:
-        raise ValueError(f"precision is {precision!r}; expected None (the model's own dtype)")
+    if precision not in (None, "fp8") and not isinstance(precision, Accuracy):
+        raise ValueError(
+            f"precision is {precision!r}; expected None (the model's own dtype), 'fp8' or what quantization.accuracy returned"
+        )
     if cuda_graphs:
         raise ValueError("cuda_graphs=True is not in this version; leave it False, or capture the accelerated model yourself")
+
+
+def _check_fp8(model: nn.Module, backend: str, precision: str | Accuracy | None) -> None:
+    if precision is None:
+        return
+    reason = "backend is 'torch', and FP8 has Triton kernels only" if backend == "torch" else None
+    for device in {parameter.device for parameter in model.parameters()} if reason is None else ():
+        reason = why_not_fp8(device)
+        if reason is None and device.type == "cpu" and "triton" not in (backend, _backend.get_backend()):
+            reason = "tensors are left to PyTorch's operators"
+        if reason is not None:
+            reason = f"on {device}, {reason}"
+            break
+    if reason is not None:
+        raise ValueError(
+            f"precision='fp8' does not run here: {reason}; leave precision=None"
+            " (fastvit.quantization.accuracy simulates FP8 on any device)"
+        )
 
 
 def _patterns(name: str, patterns: str | Iterable[str] | None) -> Patterns:

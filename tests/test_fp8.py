@@ -219,7 +219,7 @@ def test_where_it_does_not_run(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(fp8.backend, "why_not_triton", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert fp8.why_not(cuda) == "it needs compute capability 8.9, this GPU has 8.0"
+    assert fp8.why_not(cuda) == "FP8 needs compute capability 8.9, this GPU has 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     assert fp8.why_not(cuda) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")

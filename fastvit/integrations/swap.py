@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import decoder, multihead, two_way
+from . import decoder, fp8, multihead, two_way
 from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
@@ -25,14 +25,16 @@ ATTRIBUTE = "_fastvit_serving"
 class Serving:
     """What a served block, or an attention that is served by itself, carries.
 
-    ``fallback``: why it last ran its own forward, None after a fused call. ``known``: its descendants, looked up once; no copy
-    takes them along.
+    ``fallback``: why it last ran its own forward, None after a fused call. ``fp8_weights``: those of its parts that are in
+    FP8; ``note``: what the report says of its precision. ``known``: its descendants, looked up once; no copy takes them along.
     """
 
     layout: AnyLayout
     backend: str
     next_norm: nn.LayerNorm | None = None
     fallback: str | None = None
+    fp8_weights: fp8.Weights | None = None
+    note: str = ""
     known: Known | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -46,6 +48,9 @@ class Serving:
         if known is None or not known.holds(block):
             self.known = known = Known(block, self.layout.kinds)
         return known
+
+    def describe(self) -> str:
+        return self.layout.describe() + self.note
 
 
 class ServedBlock(nn.Module):
@@ -86,7 +91,7 @@ def _derive(cls: Any) -> type:
             call = "it carries no description of its parts"
         else:
             known = serving.look_up(self)
-            call = _read(self, serving.layout, args, kwargs, known)
+            call = _read(self, serving, args, kwargs, known)
         if isinstance(call, str):
             _note(serving, call)
             return cls.forward(self, *args, **kwargs)
@@ -97,7 +102,10 @@ def _derive(cls: Any) -> type:
             return compute_decoder(self, serving.layout, call, serving.backend)
         if isinstance(call, two_way.TwoWayCall):
             return compute_two_way(self, serving.layout, call, serving.backend)
-        out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
+        if serving.fp8_weights is not None:
+            out = fp8.compute(self, serving.layout, serving.fp8_weights, call, known)
+        else:
+            out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
         return out if call.present is None else nested_again(out, call.present)
 
     members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward}
@@ -129,13 +137,20 @@ def release(module: nn.Module) -> None:
 
 def link(module: nn.Module, following: nn.Module) -> None:
     """Lets a served block end with the first norm of the served block that follows it (see ``handoff``)."""
-    layouts = [m.__dict__[ATTRIBUTE].layout for m in (module, following) if is_served(m)]
+    layouts = [m.__dict__[ATTRIBUTE].layout for m in (module, following) if is_served(m) and not _rounds_first(m)]
     if len(layouts) == 2 and all(isinstance(layout, Layout) and not layout.post_norm for layout in layouts):
         module.__dict__[ATTRIBUTE].next_norm = following.get_submodule(layouts[1].norms.before)
 
 
-def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict, known: Known | None) -> Any:
+def _rounds_first(module: nn.Module) -> bool:
+    """Whether a served block rounds its first norm to FP8, which the block before it cannot leave for it."""
+    weights = module.__dict__[ATTRIBUTE].fp8_weights
+    return weights is not None and "qkv" in weights.parts
+
+
+def _read(module: nn.Module, serving: Serving, args: tuple, kwargs: dict, known: Known | None) -> Any:
     """What a served module was called with, or the reason why its fused path does not serve this call."""
+    layout = serving.layout
     if isinstance(layout, MultiheadLayout):
         return hooked(module, layout.kinds, known) or multihead.read_call(module, args, kwargs)
     if isinstance(layout, decoder.DecoderLayout):
@@ -143,7 +158,12 @@ def _read(module: nn.Module, layout: AnyLayout, args: tuple, kwargs: dict, known
     if isinstance(layout, two_way.TwoWayLayout):
         return why_not_parts(module, layout, known) or two_way.read_call(module, layout, args, kwargs)
     call = read_call(module, layout, args, kwargs)
-    return call if isinstance(call, str) else why_not_now(module, layout, call.attn_mask is not None, known) or call
+    if isinstance(call, str):
+        return call
+    reason = why_not_now(module, layout, call.attn_mask is not None, known)
+    if reason is None and serving.fp8_weights is not None:
+        reason = fp8.why_not_now(module, call, serving.backend)
+    return reason or call
 
 
 def _note(serving: Serving | None, reason: str | None) -> None:

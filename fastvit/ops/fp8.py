@@ -34,12 +34,12 @@ class Fp8Weight(NamedTuple):
 def why_not(device: torch.device) -> str | None:
     """None when FP8 linears can run on ``device``, otherwise the reason why they cannot."""
     if device.type == "cuda" and torch.version.hip is not None:
-        return "AMD's gfx942 has another FP8 format (fnuz), for which there are no kernels"
+        return "FP8 has no kernels for AMD GPUs, whose gfx942 has another format (fnuz)"
     reason = backend.why_not_triton(device)
     if reason is None and device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < MIN_COMPUTE_CAPABILITY:
-            reason = "it needs compute capability {}.{}, this GPU has {}.{}".format(*MIN_COMPUTE_CAPABILITY, *capability)
+            reason = "FP8 needs compute capability {}.{}, this GPU has {}.{}".format(*MIN_COMPUTE_CAPABILITY, *capability)
     return reason
 
 

@@ -1,0 +1,130 @@
+"""A pre-norm block with its linears in FP8: rounded in the norm before qkv, in the norm before fc1 and in fc1's epilogue.
+
+Two parts of a block are served, "qkv" (the projections of queries, keys and values) and "mlp" (fc1 and fc2). The attention's
+output projection keeps the model's dtype: no pass before it could round its input on the way, and it errs most for its size
+(docs/fp8.md). Inference only. The FP8 weights lie beside the module's own, which stay as they are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops import fp8
+from . import block as plain
+from . import handoff, layouts
+from .call import Call
+from .parts import Known, Layout, Parts, child, part
+
+PARTS = ("qkv", "mlp")
+ALIGNMENT = 16  # bytes of the loads, so elements of a row
+
+
+def linears(layout: Layout, part_name: str) -> tuple[str, ...]:
+    """Paths of the linears that make up a part."""
+    if part_name == "qkv":
+        return layout.attention.qkv
+    return () if layout.mlp is None else (layout.mlp.fc1, layout.mlp.fc2)
+
+
+def why_not(block: nn.Module, layout: Any) -> str | None:
+    """Why a served block keeps its own dtype, or None."""
+    if not isinstance(layout, Layout) or layout.post_norm or layout.window is not None or not layout.attention.qkv:
+        return "FP8 serves pre-norm blocks on tokens with linears of their own"
+    if layout.mlp is None or layout.gating or part(block, layout.mlp.hidden_norm) is not None:
+        return "FP8 serves an MLP of two linears with an activation between them"
+    owner = child(block, layout.attention.owner)
+    if child(block, layout.attention.gate) is not None or any(hasattr(owner, name) for name in layouts.SEPARATE_BIASES):
+        return "FP8 serves no gated attention and no biases kept apart from their linear"
+    paths = [path for name in PARTS for path in linears(layout, name)]
+    called = [path for path in paths if path in layout.called]
+    if called:
+        return f"{called[0]} is no plain linear"
+    odd = [path for path in paths if child(block, path).in_features % ALIGNMENT]
+    return f"the inputs of {odd[0]} are not a multiple of {ALIGNMENT}" if odd else None
+
+
+@dataclass
+class Weights:
+    """The FP8 weights of one block, made when first called for and again when what they are made of has changed.
+
+    Copies and pickles of the block carry ``parts`` only. A compiled graph keeps the weights that it was traced with.
+    """
+
+    parts: frozenset[str]
+    made: dict[str, tuple[tuple, fp8.Fp8Weight]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"parts": self.parts, "made": {}}
+
+    def of(self, path: str, linear: Any, layer_scale: Tensor | None = None) -> fp8.Fp8Weight:
+        found = self.made.get(path)
+        if found is not None and torch.compiler.is_compiling():
+            return found[1]
+        sources = [t for t in (linear.weight, linear.bias, layer_scale) if t is not None]
+        if torch.compiler.is_compiling():
+            return fp8.quantize_weight(linear.weight, linear.bias, layer_scale)
+        state = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
+        if found is None or found[0] != state:
+            with torch.inference_mode(False):
+                found = state, fp8.quantize_weight(linear.weight, linear.bias, layer_scale)
+            self.made[path] = found
+        return found[1]
+
+
+def why_not_now(block: nn.Module, call: Call, pinned: str) -> str | None:
+    """Why a block served in FP8 must run its own forward this time, or None."""
+    x = call.hidden
+    if block.training:
+        return "FP8 is for inference: call model.eval()"
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return "FP8 has no gradients: call the model under torch.no_grad() or torch.inference_mode()"
+    if torch.is_autocast_enabled(x.device.type):
+        return "FP8 does not run under autocast: give the model a half-precision dtype"
+    reason = fp8.why_not(x.device)
+    if reason is None and plain.choose_backend(pinned, x) != "triton":
+        reason = "its backend is PyTorch's operators"
+    return None if reason is None else f"FP8 cannot serve it on {x.device}: {reason}"
+
+
+def compute(block: nn.Module, layout: Layout, weights: Weights, call: Call, known: Known | None = None) -> Tensor:
+    """The block's output for a call that ``why_not_now`` admits; ``known``: descendants looked up before."""
+    with plain._held_to("triton", call.hidden):
+        return _pre_norm(Parts(block, None if known is None else known.children), layout, weights, call)
+
+
+def _pre_norm(parts: Parts, layout: Layout, weights: Weights, call: Call) -> Tensor:
+    x = call.hidden
+    before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
+    scale, mlp_scale = (plain._scale_of(parts, residual.scale) for residual in layout.residuals)
+    offered = handoff.collect(x, before)
+    if "qkv" in weights.parts:
+        normed: Any = fp8.layer_norm(x, before.weight, before.bias, before.eps)
+    else:
+        normed = functional.layer_norm(x, before.weight, before.bias, before.eps) if offered is None else offered
+    branch = plain._attention(parts, layout, _Operators(parts, layout, weights), normed, call)
+    if "mlp" not in weights.parts:
+        normed, x = functional.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
+        return plain._add(x, plain._mlp(parts, layout, functional, normed), mlp_scale, owned=False)
+    normed, x = fp8.add_layer_norm(x, branch, after.weight, after.bias, after.eps, scale)
+    fc1, fc2 = linears(layout, "mlp")
+    hidden = fp8.linear_quantized(normed, weights.of(fc1, parts.child(fc1)), layout.activation)
+    return fp8.linear(hidden, weights.of(fc2, parts.child(fc2), mlp_scale), x.dtype, residual=x)
+
+
+class _Operators:
+    """``fastvit.functional``, whose linears take what was rounded to FP8 as well."""
+
+    def __init__(self, parts: Parts, layout: Layout, weights: Weights):
+        self.parts, self.layout, self.weights = parts, layout, weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+        if not isinstance(x, fp8.Quantized):
+            return functional.linear(x, weight, bias, activation=activation)
+        path = next(p for p in self.layout.attention.qkv if self.parts.child(p).weight is weight)
+        return fp8.linear(x, self.weights.of(path, self.parts.child(path)), weight.dtype, activation)

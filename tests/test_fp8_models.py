@@ -1,0 +1,221 @@
+"""Models in FP8: what a served block computes, what it refuses, and what the simulation says of accuracy."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastvit
+from fastvit import quantization
+from fastvit.integrations import swap
+from fastvit.ops import fp8
+from tests.conftest import ON_GPU
+from tests.models_for_acceleration import MODELS, hf_dinov2, hf_dinov2_swiglu, image, tensor_of, timm_vit
+
+if ON_GPU and (_reason := fp8.why_not(torch.device("cuda"))):
+    pytest.skip(_reason, allow_module_level=True)
+
+ONE_BLOCK = {"hf_dinov2": {"num_hidden_layers": 1}, "hf_vit": {"num_hidden_layers": 1}, "timm_vit": {"depth": 1}}
+
+
+def _in_fp8(model, device, **options):
+    return fastvit.accelerate(model.to(device), precision="fp8", backend="triton", **options)
+
+
+@pytest.mark.parametrize("name", ["hf_dinov2", "timm_vit", "hf_vit"])
+@torch.no_grad()
+def test_a_served_model_computes_what_is_simulated(device, name):
+    """Far closer to the simulation than FP8 is to the model itself: what rounds otherwise is a few values at a tie."""
+    model, x = MODELS[name](**ONE_BLOCK[name]).to(device), image().to(device)
+    exact = tensor_of(model(x))
+    with quantization.simulated(model):
+        expected = tensor_of(model(x))
+    out = tensor_of(_in_fp8(model, device)(x))
+    assert not fastvit.report(model).fallbacks
+    rounding = (expected - exact).norm()
+    assert rounding > 1e-3 * exact.norm(), "nothing was rounded to FP8"
+    assert (out - expected).norm() < 0.35 * rounding
+    assert torch.equal(tensor_of(fastvit.restore(model)(x)), exact)
+
+
+@torch.no_grad()
+def test_half_precision(device):
+    """bfloat16 rounds between the operators as well: the served model errs little more than the simulated one."""
+    model, x = timm_vit(depth=1).to(device), image(batch=1).to(device)
+    exact = model(x)
+    with quantization.simulated(model.bfloat16()):
+        expected = model(x.bfloat16()).float()
+    out = _in_fp8(model, device)(x.bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert (out.float() - exact).norm() < 1.5 * (expected - exact).norm()
+
+
+@torch.no_grad()
+def test_the_report_says_what_is_in_fp8(device):
+    report = fastvit.report(_in_fp8(hf_dinov2(num_hidden_layers=1), device))
+    assert all(text.endswith("; in FP8: mlp, qkv") for text in report.replaced.values())
+    report = fastvit.report(_in_fp8(hf_dinov2_swiglu(num_hidden_layers=1), device))
+    assert all("in its own dtype: FP8 serves an MLP of two linears" in text for text in report.replaced.values())
+    model = timm_vit()
+    planned = fastvit.report(_in_fp8(model, device, dry_run=True)).replaced
+    assert all(text.endswith("; in FP8: mlp, qkv") for text in planned.values())
+    assert not any(map(swap.is_served, model.modules()))
+
+
+@torch.no_grad()
+def test_changed_weights_are_rounded_again(device):
+    model, x = _in_fp8(timm_vit(depth=1), device), image().to(device)
+    before = model(x)
+    linear = model.blocks[0].mlp.fc2
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    linear.weight.mul_(-1)
+    changed = model(x)
+    assert not torch.allclose(before, changed)
+    model.load_state_dict(state)
+    assert torch.equal(model(x), before)
+    model.blocks[0].ls2.gamma.mul_(2)
+    assert not torch.allclose(model(x), before)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_copies_and_pickles_make_their_own(device):
+    model, x = _in_fp8(timm_vit(depth=1), device), image().to(device)
+    expected = model(x)
+    keys = list(model.state_dict())
+    weights = model.blocks[0].__dict__[swap.ATTRIBUTE].fp8_weights
+    assert set(weights.made) == {"attn.qkv", "mlp.fc1", "mlp.fc2"}
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin.blocks[0].__dict__[swap.ATTRIBUTE].fp8_weights.made
+        assert torch.equal(twin(x), expected)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda model: model.train(), "FP8 is for inference"),
+        (lambda model: torch.set_grad_enabled(True), "FP8 has no gradients: call the model under torch.no_grad"),
+        (lambda model: torch.autocast("cuda" if ON_GPU else "cpu").__enter__(), "FP8 does not run under autocast"),
+    ],
+    ids=["training", "gradients", "autocast"],
+)
+def test_what_fp8_does_not_serve_runs_its_own_forward(device, prepare, reason):
+    model = _in_fp8(timm_vit(depth=1), device)
+    clear = torch.is_grad_enabled()
+    autocast = torch.is_autocast_enabled("cpu")
+    try:
+        torch.set_grad_enabled(False)
+        prepare(model)
+        model(image().to(device))
+    finally:
+        torch.set_grad_enabled(clear)
+        torch.set_autocast_enabled("cpu", autocast)
+    assert reason in fastvit.report(model).fallbacks["blocks.0"]
+
+
+def test_where_fp8_does_not_run_accelerate_says_why(monkeypatch):
+    model = timm_vit(depth=1)
+    with pytest.raises(ValueError, match="backend is 'torch', and FP8 has Triton kernels only; leave precision=None"):
+        fastvit.accelerate(model, precision="fp8", backend="torch")
+    monkeypatch.setattr("fastvit.acceleration.why_not_fp8", lambda device: "FP8 needs compute capability 8.9, this GPU has 8.0")
+    with pytest.raises(ValueError, match=r"on cpu, FP8 needs compute capability 8\.9, this GPU has 8\.0"):
+        fastvit.accelerate(model, precision="fp8", backend="triton")
+    assert not any(map(swap.is_served, model.modules()))
+
+
+# --- accuracy -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured():
+    model = timm_vit(depth=2)
+    return model, quantization.accuracy(model, [image(seed=1), (image(seed=2),), {"x": image(seed=3)}], min_cosine=0.99)
+
+
+def test_losses_are_those_of_one_part_alone(measured):
+    _, found = measured
+    parts = {(f"blocks.{index}", part) for index in range(2) for part in ("qkv", "mlp")}
+    assert set(found.losses) == parts
+    assert all(0 < loss < 0.1 for loss in found.losses.values())
+    assert set(found.errors) == {f"blocks.{i}.{path}" for i in range(2) for path in ("attn.qkv", "mlp.fc1", "mlp.fc2")}
+    assert all(0.005 < error < 0.06 for error in found.errors.values()), "3 bits of mantissa err by 1 to 5 %"
+    assert 0 <= found.top1_agreement <= 1
+    assert 0 < found.share < 1, "projections of the attention's output stay"
+
+
+def test_parts_stay_until_the_loss_is_what_is_allowed(measured):
+    model, _ = measured
+    batches = [image(seed=1)]
+    loose = quantization.accuracy(model, batches, min_cosine=0.5)
+    assert not loose.kept
+    assert loose.feature_cosine == pytest.approx(loose.full_cosine, abs=1e-12)
+    middle = 1 - (1 - loose.full_cosine) / 2
+    some = quantization.accuracy(model, batches, min_cosine=middle)
+    assert some.passed
+    assert 0 < len(some.kept) < 4
+    assert some.share < loose.share
+    assert "stays, alone it costs" in str(some)
+    tight = quantization.accuracy(model, batches, min_cosine=1 - 1e-12)
+    assert len(tight.kept) == 4
+    assert tight.feature_cosine == pytest.approx(1, abs=1e-14)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_accelerate_obeys(device, measured):
+    """A part that stays beside one that does not, and a block after another kind of block."""
+    model, found = copy.deepcopy(measured[0]).to(device), measured[1]
+    for parts in ({"blocks.1": frozenset({"qkv"})}, {"blocks.0": frozenset({"mlp"}), "blocks.1": frozenset({"qkv", "mlp"})}):
+        choice = quantization.Accuracy(**{**vars(found), "parts": parts})
+        x = image().to(device)
+        exact = model(x)
+        with quantization.simulated(model, choice):
+            expected = model(x)
+        fastvit.accelerate(model, precision=choice, backend="triton")
+        assert (model(x) - expected).norm() < 0.35 * (expected - exact).norm()
+        texts = fastvit.report(model).replaced
+        assert {name for name in texts if "in FP8: nothing" not in texts[name]} == set(parts)
+        assert not fastvit.report(model).fallbacks
+        fastvit.restore(model)
+
+
+@torch.no_grad()
+def test_measuring_leaves_the_model_as_it_was():
+    model = fastvit.accelerate(timm_vit(depth=1)).train()
+    before = {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()}
+    quantization.accuracy(model, image(), min_cosine=0.9)
+    assert {name: (type(m), set(m.__dict__)) for name, m in model.named_modules()} == before
+    assert model.training
+
+
+def test_bad_input():
+    model = timm_vit(depth=1)
+    with pytest.raises(ValueError, match="inputs is empty"):
+        quantization.accuracy(model, [])
+    with pytest.raises(ValueError, match=r"min_cosine is 2; expected a number between 0 and 1"):
+        quantization.accuracy(model, image(), min_cosine=2)
+    with pytest.raises(TypeError, match="model is str"):
+        quantization.accuracy("vit", image())
+    with pytest.raises(ValueError, match="no block that FP8 can serve"):
+        quantization.accuracy(torch.nn.Linear(3, 3), torch.ones(1, 3))
+    with pytest.raises(ValueError, match=r"model has no block that FP8 can serve .*an MLP of two linears"):
+        quantization.accuracy(hf_dinov2_swiglu(), image())
+
+
+def test_features_of_ones_own():
+    found = quantization.accuracy(hf_dinov2(num_hidden_layers=1), image(), features=lambda out: out.pooler_output)
+    assert found.top1_agreement is not None
+    assert quantization.accuracy(hf_dinov2(num_hidden_layers=1), image()).top1_agreement is None
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled(device):
+    model, x = _in_fp8(timm_vit(depth=1), device), image().to(device)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    assert F.cosine_similarity(compiled(x), expected).min() > 0.9999
