@@ -6,7 +6,7 @@ with a signature that has one puts its own pointers in and goes to Triton's laun
 
 Without a plan, the ordinary way: the first call of a signature, the interpreter, ``record``, AMD (whose compiler also goes by
 the size of the memory behind a tensor), a release of Triton whose launcher is not known to take these arguments, and
-any time at which a launch hook is registered or one of Triton's knobs is set.
+any time at which a launch hook is registered, one of Triton's knobs is set, or configs are being measured.
 """
 
 import functools
@@ -19,6 +19,7 @@ from torch import Tensor
 from triton import knobs
 
 from ._launch import input_precision, observe, observed, recording
+from ._tuning import tuning
 
 KNOWN = ("3.6", "3.7", "3.8", "3.9")  # releases whose CompiledKernel.run takes what ``_run`` hands over
 MAX_PLANS = 4096  # a function; all are forgotten beyond, where every call brings another shape
@@ -53,8 +54,9 @@ class Plan:
 
 
 def undisturbed() -> bool:
-    """Whether plans may be used now: a Triton that is known, no hook that has to see a launch, no knob set."""
-    return _known and not (_runtime.__dict__ or _compilation.__dict__ or _enter.calls or _exit.calls or recording())
+    """Whether plans may be used now: a Triton that is known, no hook that has to see a launch, no knob set, no tuning."""
+    hooked = _enter.calls or _exit.calls
+    return _known and not (_runtime.__dict__ or _compilation.__dict__ or hooked or recording() or tuning())
 
 
 def plan_of(device: int, made: list[tuple], place_of: Callable[[Tensor], int | None]) -> Plan | None:

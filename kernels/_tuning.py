@@ -120,13 +120,9 @@ def config(op: str, target: str, **shape: int) -> dict[str, int]:
     return row["config"]
 
 
-# What else remembers configs registers here how to forget them.
-on_change: list[Callable[[], None]] = [config.cache_clear]
-
-
-def _forget() -> None:
-    for forget in on_change:
-        forget()
+def tuning() -> bool:
+    """Whether configs are overridden or collected at the moment, so that none may be remembered."""
+    return _override is not None or _asked is not None
 
 
 @contextmanager
@@ -134,12 +130,12 @@ def override(op: str, candidate: dict[str, int]) -> Iterator[None]:
     """Inside, ``op`` is launched with ``candidate`` whatever its shape: how candidates are measured. Not for several threads."""
     global _override
     previous, _override = _override, (op, candidate)
-    _forget()
+    config.cache_clear()
     try:
         yield
     finally:
         _override = previous
-        _forget()
+        config.cache_clear()
 
 
 @contextmanager
@@ -148,9 +144,9 @@ def asked() -> Iterator[list[tuple[str, dict[str, int]]]]:
     global _asked
     found: list[tuple[str, dict[str, int]]] = []
     previous, _asked = _asked, lambda op, shape: found.append((op, dict(shape)))
-    _forget()
+    config.cache_clear()
     try:
         yield found
     finally:
         _asked = previous
-        _forget()
+        config.cache_clear()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from fastvit.kernels import _tuning
+from fastvit.kernels import _plans, _tuning
 
 ROWS = [
     {"when": {"head_dim": 64, "queries": 128}, "config": {"BLOCK": 1}, "shared": 90000},
@@ -150,3 +150,13 @@ def test_what_is_asked_for_is_collected_once_a_shape(fresh):
         for queries in (4, 8, 4):
             _tuning.config("attention_forward", "sm_90", element_size=2, head_dim=64, queries=queries, bias=0)
     assert [shape["queries"] for _, shape in found] == [4, 8]
+
+
+def test_launches_are_not_repeated_from_plans_while_configs_are_measured(monkeypatch):
+    monkeypatch.setattr(_plans, "_known", True)
+    assert _plans.undisturbed()
+    with _tuning.override("attention_delta", {"BLOCK_M": 1}):
+        assert not _plans.undisturbed()
+    with _tuning.asked():
+        assert not _plans.undisturbed()
+    assert _plans.undisturbed()

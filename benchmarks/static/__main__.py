@@ -55,6 +55,7 @@ def _write(result: dict[str, Any]) -> None:
     target = result["target"]
     firsts = {job.name for job in jobs(target, one_a_row=True)[0]}
     lines = snapshot.lines_of([row for row in result["rows"] if row["name"] in firsts])
+    snapshot.FOLDER.mkdir(exist_ok=True)
     snapshot.path_of(target).write_text(snapshot.dump(target, result["triton"], lines))
     measured = launch_tables.with_shared_memory(committed(target), result["rows"])
     (TABLES / f"{target}.json").write_text(launch_tables.dump(measured))

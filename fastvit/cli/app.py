@@ -13,6 +13,7 @@ from .demo import demo
 from .models import accelerate, verify
 from .options import Interrupted, UserError, plain
 from .segment import segment
+from .tune import tune
 
 app = typer.Typer(
     name="fastvit",
@@ -28,6 +29,7 @@ app.command(epilog="Example: `fastvit verify google/vit-base-patch16-224 --image
 app.command(epilog="Example: `fastvit classify photo.jpg --model timm/vit_base_patch16_224`")(classify)
 app.command(epilog="Example: `fastvit segment photo.jpg --checkpoint sam_vit_b_01ec64.pth --point 320,240 --out out`")(segment)
 app.command(epilog="Example: `fastvit bench --part attention --case 'SAM*' --out out/bench`")(bench)
+app.command(epilog="Example: `fastvit tune --op 'attention_*' --case 'ViT*' --minutes 8`")(tune)
 
 
 def run() -> None:

@@ -1,0 +1,277 @@
+"""Launch configs measured on the GPU that is present: each candidate compiled and read, checked against float64, then timed.
+
+A candidate that does not compile, spills, asks for more shared memory than there is, or errs, gets its reason and no time. Every
+result is appended to a log at once, and what the log holds is not done again: a run that a deadline (or a kernel that broke
+the device) ended goes on where it was. The table is written from the whole log, in the format of ``kernels/tables``.
+"""
+
+import fnmatch
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastvit.kernels import _tuning
+from fastvit.kernels._launch import Launch, record
+
+import fastvit
+
+from . import candidates, cases, launch_tables, measure, operators, peers, results
+
+BUDGET_S = 0.1  # of timing a candidate
+DIRECTIONS = ("forward", "backward")
+STICKY = ("CUDA error", "AcceleratorError", "HIP error")  # after these a process can launch nothing more
+
+
+class Broken(Exception):
+    """A candidate has left the device unusable for this process; its reason is in the log."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One case in one direction."""
+
+    case: Any
+    direction: str
+    dtype: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.op} {self.case.name} {self.direction}"
+
+
+def subjects(pattern: str = "*") -> list[Subject]:
+    """The cases whose names match, best first: forward before backward, ViT and SAM before the rest."""
+    found = [Subject(case, direction) for part in cases.ALL.values() for case in part for direction in DIRECTIONS]
+    matching = [subject for subject in found if fnmatch.fnmatch(subject.case.name, pattern)]
+    return sorted(matching, key=lambda s: (s.direction != "forward", not s.case.name.startswith(("ViT", "SAM-"))))
+
+
+@dataclass
+class Bench:
+    """A subject's inputs and exact result on the device."""
+
+    subject: Subject
+    device: str
+
+    def __post_init__(self) -> None:
+        case, direction = self.subject.case, self.subject.direction
+        torch.manual_seed(0)
+        self.dtype = cases.DTYPES[self.subject.dtype]
+        element = torch.empty(0, dtype=self.dtype).element_size()
+        cache = torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else 0
+        count = cases.sets_beyond_cache(case, element, cache)
+        self.sets = [case.inputs(self.dtype, self.device, direction != "forward") for _ in range(count)]
+        self.ours, exact, _ = peers.contestants(case)
+        with torch.no_grad():
+            self.upstream = tuple(torch.randn_like(out) for out in operators.outputs(exact(**self.sets[0])))
+        doubles = tuple(tensor.double() for tensor in self.upstream)
+        self.exact = [t.cpu() for t in operators.evaluate(exact, operators.double(self.sets[0]), doubles, direction)]
+
+    def run(self) -> list[torch.Tensor]:
+        with fastvit.use_backend("triton"):
+            return [t.cpu() for t in operators.evaluate(self.ours, self.sets[0], self.upstream, self.subject.direction)]
+
+    def asked(self) -> list[tuple[str, dict[str, int]]]:
+        """The operators of this direction and the shape numbers that their configs go by."""
+        with _tuning.asked() as forward, fastvit.use_backend("triton"):
+            operators.evaluate(self.ours, self.sets[0], self.upstream, "forward")
+        if self.subject.direction == "forward":
+            return forward
+        with _tuning.asked() as both:
+            self.run()
+        return [entry for entry in both if entry not in forward]
+
+    def check(self) -> None:
+        measure.check("the candidate", self.run(), self.exact, self.dtype)
+
+    def time(self) -> measure.Timing:
+        with fastvit.use_backend("triton"):
+            timed = operators.calls(self.ours, self.sets, self.upstream, self.subject.direction)
+            return measure.measure(timed, BUDGET_S, graphs=self.subject.direction == "forward")
+
+
+def launches(subject: Subject, op: str, config: dict[str, int], target: str, device: str) -> list[Launch]:
+    """What the candidate would launch for the operator; nothing runs."""
+    dtype = cases.DTYPES[subject.dtype]
+    inputs = subject.case.inputs(dtype, device, subject.direction != "forward")
+    ours, _, _ = peers.contestants(subject.case)
+    with _tuning.override(op, config), record(target) as made, fastvit.use_backend("triton"):
+        out = operators.outputs(ours(**inputs))
+        if subject.direction == "backward":
+            torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], [torch.zeros_like(o) for o in out])
+    return [launch for launch in made if launch.op == op]
+
+
+def inspect(subject: Subject, op: str, config: dict[str, int], target: str, limit: int) -> dict[str, Any]:
+    """{"reason": why it is not worth running or None, "registers", "stack", "shared"} of the compiled candidate."""
+    from .static import compilation, inspection
+
+    found: dict[str, Any] = {"reason": None, "registers": 0, "stack": 0, "shared": 0}
+    try:
+        made = launches(subject, op, config, target, "cuda")
+    except Exception as error:  # a config that a launcher cannot use is a result too
+        return found | {"reason": results.describe(error)}
+    for launch in made:
+        job = compilation.Job(launch, *compilation.specialize(launch, target), asked_by=[subject.name])
+        report = compilation.compile_job(job, target)
+        for name in ("registers", "stack", "shared"):
+            found[name] = max(found[name], getattr(report, name))
+        wrong = inspection.problems(report, limit, [])
+        if wrong and found["reason"] is None:
+            found["reason"] = wrong[0].removeprefix(report.name).strip()
+    return found
+
+
+@dataclass
+class Log:
+    """The measurements of one GPU and Triton, a line each, on disk as soon as they are made."""
+
+    path: Path
+    about: dict[str, Any]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.path.exists():
+            self._append(self.about)
+            return
+        try:
+            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
+            header, self.entries = lines[0], lines[1:]
+            [(entry["op"], entry["shape"], entry["config"], entry["ms"]) for entry in self.entries]
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{self.path}: is not a tuning log; give another --out") from None
+        for key in ("target", "gpu", "triton"):
+            if header.get(key) != self.about[key]:
+                raise ValueError(
+                    f"{self.path}: was measured with {key} {header.get(key)}, this is {self.about[key]}; give another --out"
+                )
+
+    def _append(self, line: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        self._append(entry)
+
+    def of(self, op: str, shape: dict[str, int]) -> list[dict[str, Any]]:
+        return [entry for entry in self.entries if (entry["op"], entry["shape"]) == (op, shape)]
+
+
+Inspect = Callable[[Subject, str, list[dict[str, int]]], Iterator[dict[str, Any]]]
+
+
+def run(
+    chosen: list[Subject],
+    target: str,
+    log: Log,
+    say: Callable[[str], None],
+    inspect_all: Inspect,
+    op: str = "*",
+    minutes: float = 8.0,
+    device: str = "cuda",
+    make_bench: Callable[[Subject, str], Any] = Bench,
+    clock: Callable[[], float] = time.monotonic,
+) -> bool:
+    """Measures what the log does not hold, until ``minutes`` are over; whether everything has been measured.
+
+    ``inspect_all`` gives ``inspect``'s answer for each of the configs. Raises ``Broken`` after a candidate that broke the device.
+    """
+    end = clock() + 60 * minutes
+    begun: set[str] = set()
+    for subject in chosen:
+        if clock() > end:
+            return False
+        bench = make_bench(subject, device)
+        for name, shape in bench.asked():
+            place = f"{name} {shape}"
+            if not fnmatch.fnmatch(name, op) or place in begun:
+                continue
+            begun.add(place)
+            committed = _tuning.config(name, target, **shape)
+            done = [entry["config"] for entry in log.of(name, shape)]
+            todo = [config for config in candidates.grid(committed) if config not in done]
+            for config, found in zip(todo, inspect_all(subject, name, todo), strict=True):
+                if clock() > end:
+                    return False
+                entry = _measure(bench, name, config, found)
+                log.add({"op": name, "shape": shape, "config": config, "case": subject.name, "committed": committed} | entry)
+                if entry["reason"] and any(word in entry["reason"] for word in STICKY):
+                    raise Broken(f"{name} {config}: {entry['reason']}")
+            best = candidates.winner(log.of(name, shape), committed)
+            fate = "no candidate passes" if best is None else f"{best['ms']:.4f} ms with {best['config']}"
+            say(f"{subject.name}: {place}: {fate}, committed {committed}")
+    return True
+
+
+def _measure(bench: Any, op: str, config: dict[str, int], found: dict[str, Any]) -> dict[str, Any]:
+    """What inspection found, and the time or the reason that there is none."""
+    timing = None
+    if found["reason"] is None:
+        try:
+            with _tuning.override(op, config):
+                bench.check()
+                timing = bench.time()
+        except Exception as error:  # a candidate that fails is a result too
+            found = found | {"reason": results.describe(error)}
+    return found | {"ms": timing and timing.ms, "spread": timing and timing.spread}
+
+
+def inspecting(target: str, limit: int, processes: int) -> tuple[ProcessPoolExecutor, Inspect]:
+    """Compiles ahead of the measurements in processes of their own; Triton's cache hands the result over."""
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+
+    def inspect_all(subject: Subject, op: str, configs: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
+        pending = [pool.submit(inspect, subject, op, config, target, limit) for config in configs]
+        try:
+            for future in pending:
+                yield future.result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+    return pool, inspect_all
+
+
+def table_of(log: Log, shared_memory: int) -> dict[str, Any]:
+    """The table that the log amounts to."""
+    about = log.about
+    ops: dict[str, list] = {}
+    places = {(entry["op"], json.dumps(entry["shape"])): entry for entry in log.entries}
+    for op in dict.fromkeys(name for name, _ in places):
+        here = [entry for (name, _), entry in places.items() if name == op]
+        best = [candidates.winner(log.of(op, entry["shape"]), entry["committed"]) for entry in here]
+        if rows := candidates.rows([entry for entry in best if entry is not None]):
+            ops[op] = rows
+    provenance = f"measured on {about['gpu']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}"
+    provenance += f", {about['date']}, commit {about['commit']}"
+    return {"target": about["target"], "provenance": provenance, "shared_memory": shared_memory, "ops": ops}
+
+
+def rejected(log: Log) -> list[str]:
+    """A line for each candidate without a time."""
+    return [f"{e['op']} {e['shape']} {e['config']}: {e['reason']}" for e in log.entries if e["ms"] is None]
+
+
+def write(log: Log, path: Path, shared_memory: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(launch_tables.dump(table_of(log, shared_memory)))
+
+
+def about(target: str) -> dict[str, Any]:
+    """The log's first line: what the measurements depend on."""
+    found = results.environment("cuda")
+    kept = {name: found[name] for name in ("gpu", "driver", "commit", "date")}
+    return {"target": target} | kept | {name: found["versions"].get(name, "unknown") for name in ("torch", "triton")}
+
+
+def processes() -> int:
+    return max(1, min(8, (os.cpu_count() or 2) // 2))
