@@ -1,10 +1,10 @@
 """Segment Anything at full size beside segment_anything 1.0: how far embeddings differ, and how much masks overlap.
 
-    python -m benchmarks.sam_parity                 # SAM-B, L and H at 1024 px; a quarter of an hour, 7 GB for H
+    python -m benchmarks.sam_parity                 # SAM-B, L and H at 1024 px
     python -m benchmarks.sam_parity --size b
 
 Weights are random, from one seed: PyTorch's own initialization, position tables and relative positions normal with deviations
-0.2 and 0.1, the norms' scales 1 ± 0.1. Masks of such a model fill a third to three quarters of the photograph, and their logits
+0.2 and 0.1, the norms' scales 1 ± 0.1. Masks of such a model fill a quarter to three quarters of the photograph, and their logits
 are normal around the cutoff: every pixel near it may flip, so rounding shows more than in a trained model's masks.
 """
 

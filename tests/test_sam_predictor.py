@@ -1,6 +1,7 @@
 """``SamPredictor`` beside segment_anything's, on photographs: the same masks, scores and low-resolution logits."""
 
 import copy
+import inspect
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 pytest.importorskip("segment_anything")
 pytest.importorskip("skimage")
 
+import segment_anything
 from segment_anything import SamPredictor as Original
 from segment_anything.utils.transforms import ResizeLongestSide as OriginalResize
 
 import fastvit
-from fastvit import SamPredictor
+from fastvit import SamPredictor, pipelines
 from fastvit.pipelines import ResizeLongestSide
 from tests.small_sam import GRID, SIDE, iou, own_sam, photograph, small_sam, with_text
 
@@ -246,6 +248,21 @@ def test_a_picture_is_encoded_once(sam):
         predictor.predict(**prompt)
     handle.remove()
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("name", ["SamPredictor", "SamAutomaticMaskGenerator", "ResizeLongestSide"])
+def test_calls_are_the_originals(name):
+    """Same arguments in the same order with the same defaults; what is ours alone is given by name."""
+    import segment_anything.utils.transforms as transforms
+
+    theirs = getattr(transforms if name == "ResizeLongestSide" else segment_anything, name)
+    for method, function in inspect.getmembers(theirs, inspect.isfunction):
+        if (method.startswith("_") and method != "__init__") or method == "postprocess_small_regions":  # of its own records
+            continue
+        ours = inspect.signature(getattr(getattr(pipelines, name), method)).parameters.values()
+        expected = inspect.signature(function).parameters.values()
+        ours = [(p.name, p.default) for p in ours if p.kind is not p.KEYWORD_ONLY]
+        assert ours == [(p.name, p.default) for p in expected], method
 
 
 # Several pictures
