@@ -58,9 +58,9 @@ def test_the_pages_python_runs(names):
         exec(example, found)
     assert len(examples("python")) >= 9
     assert found["better"][0].shape == (3, 96, 128)
-    assert found["masks"].shape == (3, 3, 96, 128)[:2] + found["found"][1]["masks"].shape[2:]
+    assert found["found"][1]["masks"].shape == (3, 3, 128, 96)
+    assert found["masks"].shape == (3, 96, 128)
     assert found["best"] in found["records"]
-    assert found["tokens"].shape[:2] == (1, 1)
     assert fastvit.report(found["theirs"]).replaced
 
 
