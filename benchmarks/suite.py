@@ -85,8 +85,10 @@ def _fill(task: Task, settings: Settings) -> results.Row:
     return row
 
 
-def _is_sticky(row: results.Row) -> bool:
-    return any(word in row.get("error", "") for word in ("CUDA error", "AcceleratorError", "HIP error"))
+def _sticky(row: results.Row) -> str | None:
+    """The error, of ours or of a peer, after which the device serves this process no more."""
+    told = [row.get("error", ""), *row["unavailable"].values()]
+    return next((text for text in told for word in ("CUDA error", "AcceleratorError", "HIP error") if word in text), None)
 
 
 def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, Path | None]:
@@ -108,6 +110,7 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
         raise ValueError(f"case {job.case!r} is the name of none in the parts {', '.join(job.parts)}")
     ceilings = ceilings_of(job.device, job.dry, job.quick)
     result = about | ceilings | {"quick": job.quick, "rows": [], "not_begun": []}
+    tried = {results.key(row) for row in older["rows"]} if older else set()  # again, but after what was never begun
     done = {results.key(row) for row in older["rows"] if results.is_complete(row)} if older else set()
     try:
         for index, part in enumerate(planned):
@@ -117,7 +120,7 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
                 share = left * CPU_MODELS_SHARE
             ends = time.monotonic() + COMPILING_SHARE * max(share, 0)
             settings = replace(base, ceilings=ceilings, late=functools.partial(lambda at: time.monotonic() > at, ends))
-            for task in planned[part]:
+            for task in sorted(planned[part], key=lambda task: results.key(task.row) in tried):
                 if results.key(task.row) in done:
                     continue
                 if time.monotonic() - begun > job.deadline_s:
@@ -128,8 +131,8 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
                 say(progress(row))
                 if path is not None:
                     results.write(path, results.merge(older, result))
-                if _is_sticky(row):
-                    raise Broken(f"{results.name_of(row)}: {row['error']}")
+                if _sticky(row):
+                    raise Broken(f"{results.name_of(row)}: {_sticky(row)}")
                 if job.device == "cuda":
                     torch.cuda.empty_cache()
     except Broken as error:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from benchmarks import plots, results, show, suite, tables
+from benchmarks.settings import Task
 from fastvit import functional
 from fastvit.cli.app import run
 
@@ -131,6 +132,47 @@ def test_a_mistake_ends_in_one_line(arguments, says, tmp_path, monkeypatch):
     assert code == 1
     assert error.count("\n") == 1
     assert says in error
+
+
+def _run_of(tmp_path, monkeypatch, measure):
+    """A run of three rows "a", "b" and "c" whose measurement is the function given."""
+    rows = [_row(name, None) for name in "abc"]
+    monkeypatch.setattr(suite, "tasks", lambda part, settings: [Task(dict(row), measure) for row in rows])
+    monkeypatch.setattr(suite, "ceilings_of", lambda *_: {"copy_gb_s": 10.0, "gemm_tflop_s": 0.1})
+    return suite.run(suite.Run("cpu", ("linear",), tmp_path))[0]
+
+
+def test_a_run_cut_short_goes_on_with_what_was_never_begun(tmp_path, monkeypatch, capsys):
+    """A kernel that breaks the device ends the run; the next one begins behind it, and tries it again last."""
+    order = []
+
+    def measure(row, settings):
+        order.append(row["case"])
+        row["ours_ms"] = 1.0
+        if row["case"] == "b":
+            row["unavailable"]["eager"] = "AcceleratorError: CUDA error: an illegal memory access"
+            raise RuntimeError("CUDA error: an illegal memory access")
+
+    assert [row["case"] for row in _run_of(tmp_path, monkeypatch, measure)["rows"]] == ["a", "b"]
+    assert "the device is unusable after linear b" in capsys.readouterr().err
+    result = _run_of(tmp_path, monkeypatch, measure)
+    assert order == ["a", "b", "c", "b"]
+    assert {row["case"]: row["ours_ms"] for row in result["rows"]} == {"a": 1.0, "b": None, "c": 1.0}
+
+
+def test_what_was_left_out_for_want_of_time_is_measured_again(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(row, settings):
+        row["ours_ms"] = 1.0
+        if not seen:
+            row["unavailable"]["compile"] = results.NO_TIME
+        seen.append(row["case"])
+
+    _run_of(tmp_path, monkeypatch, measure)
+    result = _run_of(tmp_path, monkeypatch, measure)
+    assert seen == ["a", "b", "c", "a"]
+    assert not any(row["unavailable"] for row in result["rows"])
 
 
 def test_after_the_deadline_nothing_is_begun(tmp_path, capsys):
