@@ -17,6 +17,7 @@ from ._attention import MIN_DOT, load_tile, masked_scores, softmax_step, split_h
 from ._launch import input_precision, launch, target_of
 from ._plans import planned
 from ._tuning import config
+from .attention_short import launch_attention_short, serves
 
 
 @triton.jit
@@ -399,6 +400,9 @@ def launch_attention_forward(
     """Fills out, and lse unless None; every last stride is 1, rel_h, rel_w, lse are contiguous, the mask has four dimensions."""
     row = row_for("attention_forward", q, v, mask, rel_w)
     arguments = common_arguments(q, k, v, mask, rel_h, scale)
+    if not is_causal and rel_h is None and serves(arguments) and k.shape[2] <= row.get("SHORT_KEYS", 0):
+        launch_attention_short(arguments, q, out, lse)
+        return
     launch(
         "attention_forward",
         _attention_forward,

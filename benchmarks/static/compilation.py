@@ -29,6 +29,7 @@ MATRIX_OPS = (
     "linear_fp8",
     "linear_fp8_quantized",
     "attention_forward",
+    "attention_short",
     "attention_backward_query",
     "attention_backward_key",
     "attention_backward_mask",

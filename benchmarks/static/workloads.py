@@ -31,7 +31,7 @@ def _attention(
     dim: int,
     dtype: torch.dtype = HALF,
     extra: str = "plain",
-    tokens: int = 197,
+    tokens: int = 577,
     queries: int | None = None,
     backward: bool = True,
 ) -> None:
@@ -145,6 +145,8 @@ def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[i
 def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, operators run forward and backward); some come twice."""
     yield "attention bf16 D=64", partial(_attention, 64)
+    for dim, tokens in ((64, 197), (64, 257), (80, 197), (80, 257)):
+        yield f"attention bf16 D={dim}, {tokens} tokens", partial(_attention, dim, tokens=tokens, backward=False)
     yield "attention bf16 D=80", partial(_attention, 80)
     for dim in (64, 80):
         yield f"image attention bf16 D={dim}, 64×64 of 64×64 tokens", partial(_image_attention, dim)
