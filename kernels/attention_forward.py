@@ -141,6 +141,7 @@ def _attention_forward(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr,  # by the second program index: out is [splits, B, H, N, Dv] and lse [splits, B, H, N], contiguous
     INPUT_PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(queries, BLOCK_M)
@@ -216,12 +217,17 @@ def _attention_forward(
                 )
     else:
         # The body needs no bounds; the tail carries the last keys and, when causal, the diagonal.
-        body_end = (keys // BLOCK_N) * BLOCK_N
+        begin = 0
         end = keys
+        if SPLIT:
+            share = tl.cdiv(tl.cdiv(keys, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+            begin = tl.program_id(1) * share
+            end = tl.minimum(keys, begin + share)
+        body_end = begin + ((end - begin) // BLOCK_N) * BLOCK_N
         if CAUSAL:
             body_end = tl.minimum(body_end, (first // BLOCK_N) * BLOCK_N)
             end = tl.minimum(keys, first + BLOCK_M)
-        for start in range(0, body_end, BLOCK_N):
+        for start in range(begin, body_end, BLOCK_N):
             acc, acc_tail, peak, total = _attend(
                 acc,
                 acc_tail,
@@ -294,6 +300,10 @@ def _attention_forward(
                 INPUT_PRECISION,
             )
 
+    if SPLIT:
+        rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
+        out_ptr += tl.program_id(1) * rows * VALUE_DIM
+        lse_ptr += tl.program_id(1) * rows
     empty = total == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, total)
     log_total = tl.log2(tl.where(empty, 1.0, total))
@@ -418,6 +428,7 @@ def launch_attention_forward(
         stride_out_row=out.stride(2),
         CAUSAL=is_causal,
         NEGATIVE_SCALE=scale < 0,
+        SPLIT=False,
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,
         **arguments,
     )

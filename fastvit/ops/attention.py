@@ -38,7 +38,13 @@ def attention_forward(
     lse = query.new_empty(batch, heads, queries, dtype=torch.float32) if save else None
     q, k, v, mask = with_unit_stride(query), with_unit_stride(key), with_unit_stride(value), _as_bytes(attn_mask)
     rel = contiguous(rel_h), contiguous(rel_w)
-    kernels.attention_forward.launch_attention_forward(q, k, v, mask, *rel, is_causal, scale, out, lse)
+    splits = kernels.attention_split.splits_of(q, k, v, mask, rel_h, is_causal)
+    if splits > 1:
+        partial = query.new_empty(splits, batch, heads, queries, value.shape[3], dtype=torch.float32)
+        partial_lse = query.new_empty(splits, batch, heads, queries, dtype=torch.float32)
+        kernels.attention_split.launch_attention_split(q, k, v, mask, scale, partial, partial_lse, out, lse)
+    else:
+        kernels.attention_forward.launch_attention_forward(q, k, v, mask, *rel, is_causal, scale, out, lse)
     return out, lse
 
 
