@@ -19,6 +19,7 @@ import triton.language as tl
 
 from ._launch import launch, target_of
 from ._math import activate
+from ._plans import planned
 from ._tuning import config
 from .quantize import to_e4m3
 
@@ -99,6 +100,7 @@ def _linear_fp8(
     tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@planned
 def launch_linear_fp8(
     a: torch.Tensor,
     a_scale: torch.Tensor,
@@ -106,7 +108,6 @@ def launch_linear_fp8(
     b_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    *,
     activation: str | None = None,
     residual: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,

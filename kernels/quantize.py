@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ._launch import launch, target_of
+from ._plans import planned
 from ._tuning import config
 
 
@@ -74,19 +75,22 @@ def _quantize(
     tl.store(scale_ptr + row, scale, mask=row < rows)
 
 
+@planned
 def launch_quantize(
     x: torch.Tensor,
     branch: torch.Tensor | None,
     layer_scale: torch.Tensor | None,
-    norm: tuple[torch.Tensor | None, torch.Tensor | None, float] | None,
+    norm: bool,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
     values: torch.Tensor,
     scale: torch.Tensor,
     total: torch.Tensor | None,
 ) -> None:
-    """Fills values, scale and total. x and branch have last stride 1, the others are contiguous; norm: (weight, bias, eps)."""
+    """Fills values, scale and total. x and branch have last stride 1, the others are contiguous."""
     rows, channels = x.shape
     row = config("quantize", target_of(x), channels=channels)
-    weight, bias, eps = norm or (None, None, 0.0)
     launch(
         "quantize",
         _quantize,
@@ -106,6 +110,6 @@ def launch_quantize(
         stride_x_row=x.stride(0),
         stride_branch_row=0 if branch is None else branch.stride(0),
         eps=eps,
-        NORM=norm is not None,
+        NORM=norm,
         BLOCK_C=max(16, triton.next_power_of_2(channels)),
     )

@@ -75,7 +75,10 @@ def fp8_quantize(
         rows,
         None if branch is None else as_rows(branch),
         contiguous(layer_scale),
-        (contiguous(weight), contiguous(bias), eps) if norm else None,
+        norm,
+        contiguous(weight),
+        contiguous(bias),
+        eps,
         values.view(rows.shape),
         scale,
         None if branch is None else total.view(rows.shape),
@@ -94,9 +97,9 @@ def _linear(values, scale, weight, weight_scale, bias, activation, residual, out
         weight_scale,
         bias,
         out.view(rows, weight.shape[0]),
-        activation=activation,
-        residual=None if residual is None else as_rows(residual),
-        out_scale=out_scale,
+        activation,
+        None if residual is None else as_rows(residual),
+        out_scale,
     )
 
 
