@@ -157,8 +157,14 @@ def test_the_drawing_has_prompt_and_masks(command, cat, monkeypatch):
     assert 0.4 < np.mean(green[1]) / (drawn.shape[1] / 2) < 0.55, "the point's mark, at 60 of 128"
 
 
-def test_half_precision(command, cat):
+def test_half_precision_is_the_image_encoders(command, cat, monkeypatch):
+    from fastvit.pipelines import tasks
+
+    models, run = [], tasks.Prompt.run
+    monkeypatch.setattr(tasks.Prompt, "run", lambda self, picture: models.append(self.predictor.model) or run(self, picture))
     assert command(cat, *POINT, "--dtype", "bf16")[0] == 0
+    assert {p.dtype for p in models[0].image_encoder.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in models[0].mask_decoder.parameters()} == {torch.float32}
     assert len(described(Path("out/cat"))["masks"]) == 3
 
 

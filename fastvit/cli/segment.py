@@ -13,7 +13,7 @@ from rich.progress import Progress
 import fastvit
 
 from .inputs import open_model, takes_text, user_errors
-from .options import DTYPES, Device, DeviceOption, Dtype, DtypeOption, Interrupted, UserError, needs, pick_device, say, writing
+from .options import DTYPES, Device, DeviceOption, Dtype, Interrupted, UserError, needs, pick_device, say, writing
 from .pending import pictures_in, request_of, stamps_of, to_do
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def segment(
     out: Annotated[Path, typer.Option(help="The folder for results: a folder in it for each picture.")] = Path("out"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Do again what is finished, or was asked otherwise.")] = False,
     device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.fp32,
+    dtype: Annotated[Dtype, typer.Option(help="What the image encoder computes in; the rest takes float32.")] = Dtype.fp32,
 ) -> None:
     """Segment pictures with Segment Anything: prompted with points or a box, with words, or everything at once.
 
@@ -146,7 +146,8 @@ def _task(asked: dict[str, Any], target: torch.device, dtype: torch.dtype) -> "t
     from ..pipelines.text import clip_processor
 
     with user_errors(), needs("demo", "--min-area"):
-        sam = load_sam(asked["checkpoint"], device=target, dtype=dtype).requires_grad_(False)
+        sam = load_sam(asked["checkpoint"], device=target, dtype=torch.float32).requires_grad_(False)
+        sam.image_encoder.to(dtype)  # where the time goes; rounding in the mask decoder would show in the masks
         if asked["grid"] is None:
             return tasks.Prompt(fastvit.SamPredictor(sam), asked["points"], asked["box"])
         generator = fastvit.SamAutomaticMaskGenerator(sam, **asked["grid"], output_mode="coco_rle")
