@@ -148,7 +148,7 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for dim, tokens in ((48, 175), (64, 175), (64, 197), (80, 175), (80, 197)):
         yield f"attention bf16 D={dim}, {tokens} tokens", partial(_attention, dim, tokens=tokens, backward=False)
     for name, dtype in (("bf16", HALF), ("fp32", SINGLE)):
-        yield f"attention {name} D=16, 7 queries of 4096 tokens", partial(_attention, 16, dtype, "plain", 4096, 7, False)
+        yield f"attention {name} D=32, 7 queries of 4096 tokens", partial(_attention, 32, dtype, "plain", 4096, 7, False)
     yield "attention bf16 D=80", partial(_attention, 80)
     for dim in (64, 80):
         yield f"image attention bf16 D={dim}, 64×64 of 64×64 tokens", partial(_image_attention, dim)
