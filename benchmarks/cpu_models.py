@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit._torchvision import ensure_importable
 
-from . import contest, floors, measure, results
+from . import accuracy, contest, floors, measure, results
 from .settings import Settings, Task
 
 ALLOWED_ERROR = 1e-4  # relative, float32, between implementations; as fastvit.verify allows
@@ -166,9 +166,9 @@ def run(name: str, row: results.Row, settings: Settings) -> None:
         def admit(kind: str, model: nn.Module) -> float:
             """Checks, which warms it too."""
             call = _call(kind, model, x, file)
-            error = measure.relative_error([call()], [exact])
+            error = accuracy.relative_error([call()], [exact])
             if not error <= ALLOWED_ERROR:
-                raise measure.WrongResult(f"{kind} errs by {error:.2g}, allowed {ALLOWED_ERROR:.2g}")
+                raise accuracy.WrongResult(f"{kind} errs by {error:.2g}, allowed {ALLOWED_ERROR:.2g}")
             calls[kind] = call
             return error
 
@@ -199,6 +199,7 @@ def _missing(kind: str) -> str | None:
 def _fill(row: results.Row, timings: dict[str, measure.Timing], peaks: dict[str, float]) -> None:
     mine = timings.pop("accelerated")
     row["peers"] = {kind: timing.ms for kind, timing in timings.items()}
+    row["peers_spread"] = {kind: timing.spread for kind, timing in timings.items()}
     row["peers_cpu_ms"] = {kind: timing.cpu_ms for kind, timing in timings.items()}
     row["peers_peak_mb"] = {kind: peaks[kind] for kind in timings}
     row |= {"ours_ms": mine.ms, "ours_spread": mine.spread, "ours_cpu_ms": mine.cpu_ms, "p95_ms": mine.p95_ms}
@@ -235,7 +236,7 @@ def peak_memory(case: str, kind: str, file: Path) -> int:
 def machine() -> dict:
     """What the numbers depend on, in the form of the file of families."""
     return {
-        "commit": results.commit()[:7],
+        "commit": results.short(results.commit()),
         "cpu": results.cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -58,11 +58,14 @@ def run(part: str, index: int, row: results.Row, settings: Settings) -> None:
         row |= {"ours_ms": cold["first_ms"], "second_call_ms": cold["second_ms"]}
         row["warm_cache_ms"] = ask("ours", Path(folder))["first_ms"]
     reason = settings.why_not_compiled()
-    if reason:
+    if reason is None:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                row["peers"]["compile"] = ask("compile", Path(folder))["first_ms"]
+        except (RuntimeError, OSError, ValueError, subprocess.SubprocessError) as error:  # a peer's failure is not ours
+            reason = results.describe(error)
+    if reason is not None:
         row["unavailable"]["compile"] = reason
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        row["peers"]["compile"] = ask("compile", Path(folder))["first_ms"]
 
 
 def child(part: str, index: int, who: str, device: str, dtype: str, dry: bool) -> dict[str, float]:

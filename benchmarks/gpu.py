@@ -84,14 +84,18 @@ def main(arguments: list[str] | None = None) -> int:
         return status
     device = "cpu" if options.dry_run else "cuda"
     job = suite.Run(device, timed, options.out, options.case, options.deadline, dry=options.dry_run)
-    result, path = suite.run(job)
+    try:
+        result, path = suite.run(job)
+    except (ValueError, OSError) as error:  # no such case, or a file in the way that is no result
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 1
     show.print_rows(result["rows"])
     print(f"ceilings: {result['copy_gb_s']:.0f} GB/s copy, {result['gemm_tflop_s']:.3g} TFLOP/s matrix product")
     if options.dry_run:
         print("a dry run on the CPU: these are no measurements, and nothing was written")
-    elif result["rows"]:
+    elif path is not None and path.exists():
         print(f"wrote {path}")
-    return 1 if status or any(row.get("error") for row in result["rows"]) else 0
+    return 1 if status or result.get("broken") or any(row.get("error") for row in result["rows"]) else 0
 
 
 if __name__ == "__main__":

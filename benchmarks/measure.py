@@ -1,20 +1,21 @@
-"""Time and correctness of functions on one device. A result is checked before it is timed: wrong gets an error, no time.
+"""Time and memory of functions on one device.
 
 On a GPU: medians of CUDA events over inputs that rotate through more than the L2 cache, short calls as replays of a CUDA graph.
 On a CPU: contestants in turns, so that whatever else the machine does hits all of them; wall time, CPU time, and the resident
 memory that a call adds at its highest (``VmHWM``, reset before the call).
 """
 
+import contextlib
 import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 WARM_UP = 5
 GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
@@ -23,19 +24,20 @@ MOST_ROUNDS = 50
 Call = Callable[[], object]
 
 
-class WrongResult(Exception):
-    """A function's result is farther from float64 than it may be."""
-
-
 @dataclass
 class Timing:
-    """Median in milliseconds, and the distance from the 20th to the 80th percentile as a share of it."""
+    """Median in milliseconds, and the distance from the 20th to the 80th percentile as a share of it.
+
+    ``timed``: "replay" of a CUDA graph, "events" around each call, or "turns" on a CPU; ``events_ms``: by events in any case.
+    """
 
     ms: float
     spread: float
     peak_mb: float = 0.0
     p95_ms: float = 0.0
     cpu_ms: float | None = None
+    timed: str = "turns"
+    events_ms: float | None = None
     samples: list[float] = field(default_factory=list, repr=False)
 
 
@@ -45,28 +47,6 @@ def summarize(samples: Sequence[float]) -> Timing:
     median = statistics.median(ordered)
     low, high, late = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.8, 0.95))
     return Timing(median, (high - low) / median if median else 0.0, p95_ms=late, samples=list(samples))
-
-
-def relative_error(result: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The largest ‖result − exact‖ / ‖exact‖ over the tensors; infinite for NaN, which passes no comparison."""
-    worst = 0.0
-    for ours, true in zip(result, exact, strict=True):
-        error = (ours.double() - true.double()).norm() / true.double().norm().clamp_min(1e-30)
-        worst = max(worst, error.item() if error.isfinite() else float("inf"))
-    return worst
-
-
-def allowed_error(dtype: torch.dtype) -> float:
-    """Eight roundings of the dtype, and no less than float32 sums of thousands of terms need."""
-    return max(8 * torch.finfo(dtype).eps, 1e-4)
-
-
-def check(name: str, result: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> float:
-    """The relative error; raises ``WrongResult`` where it is more than ``allowed_error``."""
-    error = relative_error(result, exact)
-    if not error <= allowed_error(dtype):
-        raise WrongResult(f"{name} errs by {error:.2g}, allowed {allowed_error(dtype):.2g}")
-    return error
 
 
 def interleaved(calls: Mapping[str, Call], budget_s: float, least: int = 1) -> dict[str, Timing]:
@@ -124,7 +104,10 @@ def resident_peak_mb(call: Call) -> float | None:
 
 
 def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True) -> Timing:
-    """Times the calls in turn on the GPU, each on its own inputs, for about ``budget_s`` seconds; short ones as replays."""
+    """Times the calls in turn on the GPU, each on its own inputs, for about ``budget_s`` seconds; short ones as replays.
+
+    All on the current stream. Peak memory is of one call above what lay there; of a ``Replay`` that of its capture.
+    """
     for turn in range(max(WARM_UP, len(calls))):
         calls[turn % len(calls)]()
     torch.cuda.synchronize()
@@ -133,12 +116,45 @@ def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True) -
     calls[0]()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    estimate = summarize(_event_times(calls, 10)).ms
-    replayed = _graph_times(calls, budget_s) if graphs and estimate < GRAPH_BELOW_MS else None
-    repeats = max(20, min(1000, int(budget_s * 1e3 / max(estimate, 1e-3))))
-    timing = summarize(_event_times(calls, repeats) if replayed is None else replayed)
+    first = summarize(_event_times(calls, 20))
+    replayed = _graph_times(calls, budget_s) if graphs and first.ms < GRAPH_BELOW_MS else None
+    if replayed is None:
+        repeats = max(20, min(1000, int(budget_s * 1e3 / max(first.ms, 1e-3))))
+        timing = summarize(_event_times(calls, repeats))
+        timing.timed, timing.events_ms = "events", timing.ms
+    else:
+        timing = summarize(replayed)
+        timing.timed, timing.events_ms = "replay", first.ms
+    if isinstance(calls[0], Replay):
+        timing.timed, timing.events_ms, peak = "replay", None, calls[0].peak_mb
     timing.peak_mb = peak
     return timing
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of its own: what autograd records there runs backward there, where a graph can capture it."""
+    stream, outside = torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(outside)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outside.wait_stream(stream)
+
+
+@contextlib.contextmanager
+def _capturing(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
+    """Capture on the current stream (on one of its own where that is the default one), which is current again afterwards.
+
+    PyTorch's own context leaves its stream current where the end of the capture fails.
+    """
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, stream=None if before == torch.cuda.default_stream() else before):
+            yield
+    finally:
+        torch.cuda.set_stream(before)
 
 
 def _event_times(calls: Sequence[Call], repeats: int) -> list[float]:
@@ -156,12 +172,12 @@ def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:
     rounds = -(-20 // len(calls))
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with _capturing(graph):
             for _ in range(rounds):
                 for call in calls:
                     call()
     except RuntimeError:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize()  # raises where more is broken than the capture
         return None
     graph.replay()
     torch.cuda.synchronize()
@@ -171,20 +187,28 @@ def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:
     return [total / count for total in _event_times([graph.replay], repeats)]
 
 
-def graphed(call: Call) -> Call:
-    """The call as one CUDA graph: its replay returns what the capture made, filled anew. Raises where it cannot be captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+@dataclass
+class Replay:
+    """A captured call: calling it fills ``result`` anew. ``peak_mb``: what the call allocates, which a replay does not show."""
+
+    graph: Any
+    result: object
+    peak_mb: float
+
+    def __call__(self) -> object:
+        self.graph.replay()
+        return self.result
+
+
+def graphed(call: Call) -> Replay:
+    """The call as one CUDA graph. Raises where it cannot be captured."""
+    with side_stream():
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with _capturing(graph):
         result = call()
-
-    def replay() -> object:
-        graph.replay()
-        return result
-
-    return replay
+    return Replay(graph, result, (torch.cuda.max_memory_allocated() - before) / 2**20)

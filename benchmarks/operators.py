@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastvit
 
-from . import cases, measure, peers, results
+from . import accuracy, cases, measure, peers, results
 from .problems import Attention, Problem
 from .settings import Settings, Task
 
@@ -100,18 +100,33 @@ def run_case(case: Any, row: results.Row, settings: Settings) -> None:
     with torch.no_grad():
         upstream = tuple(torch.randn_like(out) for out in outputs(exact_function(**sets[0])))
     exact = [t.cpu() for t in evaluate(exact_function, double(sets[0]), tuple(u.double() for u in upstream), direction)]
+    standard: list[accuracy.Error] | None = None
     waiting: dict[str, list[Callable]] = {}  # on a CPU: what is timed in turns, at the end
+
+    def result_of(function: Function) -> list[Tensor]:
+        return [t.cpu() for t in evaluate(function, sets[0], upstream, direction)]
 
     def admit(name: str, function: Function) -> tuple[float, measure.Timing | None]:
         """Checks; on a GPU times too."""
-        error = measure.check(name, [t.cpu() for t in evaluate(function, sets[0], upstream, direction)], exact, dtype)
-        timed = calls(function, sets, upstream, direction)
+        error = accuracy.check(name, result_of(function), exact, dtype, standard)
         if device == "cpu":
-            waiting[name] = timed
+            waiting[name] = calls(function, sets, upstream, direction)
             return error, None
-        # A backward pass runs on the stream its forward was recorded on, which a graph of its own cannot capture.
-        return error, measure.measure(timed, settings.budget_s(0.2), graphs=direction == "forward")
+        with measure.side_stream():  # where a graph can capture a backward pass too
+            timing = measure.measure(calls(function, sets, upstream, direction), settings.budget_s(0.2))
+        row.setdefault("timed", {})[name] = timing.timed
+        row.setdefault("events_ms", {})[name] = timing.events_ms
+        return error, timing
 
+    if "eager" not in row["unavailable"]:  # who sets how much may be erred; without it, the dtype does
+        try:
+            standard = accuracy.errors(result_of(competing["eager"].build()), exact)
+            row["eager_error"] = accuracy.worst(standard).overall
+        except Exception as error:  # told of again where eager's turn comes, unless nothing has a turn any more
+            if results.is_sticky(results.describe(error)):
+                row["unavailable"]["eager"] = results.describe(error)
+                row |= results.failure(error) | {"broke": "eager"}
+                return
     try:
         with fastvit.use_backend("auto"):  # what a user gets, dispatch included
             row["max_error"], timing = admit("fastvit", ours)
@@ -121,9 +136,14 @@ def run_case(case: Any, row: results.Row, settings: Settings) -> None:
                 _, kernel = admit("kernel", ours)
                 row["kernel_ms"] = kernel.ms if kernel else None
     except Exception as error:  # a failing kernel is a result too
-        row |= {"error": results.describe(error), "ours_ms": None}
+        row |= results.failure(error)
+        if results.is_sticky(row["error"]):
+            row["broke"] = "fastvit"
     for name, peer in competing.items():
-        reason = _why_not(case, name, peer, direction, settings)
+        if name in row["unavailable"]:  # an earlier run knows why
+            continue
+        reason = f"not run: {row['broke']} broke the device" if "broke" in row else None
+        reason = reason or _why_not(case, name, peer, direction, settings)
         if reason is None:
             try:
                 function = peer.build()
@@ -132,6 +152,8 @@ def run_case(case: Any, row: results.Row, settings: Settings) -> None:
                     row["peers"][name], row["peers_peak_mb"][name] = timing.ms, timing.peak_mb
             except Exception as error:  # whatever a peer throws, it does not serve this case
                 reason = results.describe(error)
+                if results.is_sticky(reason):
+                    row["broke"] = name
         if reason is not None:
             row["unavailable"][name] = reason
     if waiting:
@@ -148,6 +170,7 @@ def _time_in_turns(row: results.Row, contestants: dict[str, Callable], settings:
     peaks = {name: None if settings.dry else measure.resident_peak_mb(call) for name, call in contestants.items()}
     mine = timings.pop("fastvit", None)
     row["peers"] = {name: timing.ms for name, timing in timings.items()}
+    row["peers_spread"] = {name: timing.spread for name, timing in timings.items()}
     row["peers_cpu_ms"] = {name: timing.cpu_ms for name, timing in timings.items()}
     row["peers_peak_mb"] = {name: peaks[name] for name in timings}
     if mine is None:

@@ -3,11 +3,13 @@
 ``{"gpu", "driver", "commit", "versions", "copy_gb_s", "gemm_tflop_s", "rows": [...]}``; a row: case, op, pass ("forward",
 "backward", "step", "first_call"), dtype, shape, ours_ms, ours_spread, peers {name: ms}, floor_ms, gflop, mbyte, peak_mb,
 peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move. A row
-without a time has an ``error``.
+without a time has an ``error`` and its ``traceback``. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and
+``events_ms`` {name: ms} has everyone's time by events; ``broke`` names who left the device unusable.
 """
 
 import contextlib
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ ROOT = Path(__file__).resolve().parent.parent  # the checkout; as installed, the
 ROOT_OF_IMPORTS = Path(fastvit.__file__).resolve().parents[1]
 NO_TIME = "left out: no time"
 LOSS = 0.05
+SOURCES = ("fastvit", "kernels", "benchmarks", ":!benchmarks/results")  # what a measurement depends on
+ANCHORS = ("original", "eager")  # peers that stay as they are while we change
 LIBRARIES = ("triton", "timm", "transformers", "segment-anything", "onnxruntime", "openvino", "xformers", "flash-attn")
 
 Row = dict[str, Any]
@@ -55,20 +60,58 @@ def ratio(row: Row) -> float | None:
     """
     if not row["ours_ms"] or not row["peers"]:
         return None
-    return row.get("paired_ratio") or min(row["peers"].values()) / row["ours_ms"]
+    return row.get("paired_ratio") or min(_ratios(row).values())
+
+
+def _ratios(row: Row) -> dict[str, float]:
+    """Each peer's time over ours, like with like: where one was timed by replays and the other was not, both by events.
+
+    A peer that has its own time as a graph beside it is represented by that.
+    """
+    timed, events = row.get("timed", {}), row.get("events_ms", {})
+    found = {}
+    for name, ms in row["peers"].items():
+        if timed.get(name) == timed.get("fastvit"):
+            found[name] = ms / row["ours_ms"]
+        elif f"{name}_graph" not in row["peers"] and events.get(name) and events.get("fastvit"):
+            found[name] = events[name] / events["fastvit"]
+    return found or {name: ms / row["ours_ms"] for name, ms in row["peers"].items()}
 
 
 def fastest_peer(row: Row) -> str | None:
-    return min(row["peers"], key=row["peers"].get) if row["peers"] else None
+    if not row["peers"]:
+        return None
+    found = _ratios(row) if row["ours_ms"] else row["peers"]
+    return min(found, key=lambda name: found[name])
 
 
 def is_complete(row: Row) -> bool:
-    """Nothing in it was left out for want of time, and nothing failed."""
-    return "error" not in row and NO_TIME not in row["unavailable"].values()
+    """Nothing in it was left out for want of time, nothing failed, and nobody broke the device under it."""
+    return not {"error", "broke"} & row.keys() and NO_TIME not in row["unavailable"].values()
 
 
 def describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    """One line: the first of the message, or the last of one that quotes source code, then what lies at the bottom of it."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    quotes = type(error).__name__ == "CompilationError" or lines[0].startswith("at ")
+    text = f"{type(error).__name__}: {lines[-1 if quotes else 0].strip()}"[:200]
+    root = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return text if root is error else f"{text} (from {type(root).__name__}: {str(root).partition(chr(10))[0]})"[:400]
+
+
+def failure(error: BaseException) -> Row:
+    """What a row without a time says: the error in a line, and the end of its traceback."""
+    tail = "".join(traceback.format_exception(error)).splitlines()[-20:]
+    return {"error": describe(error), "traceback": tail, "ours_ms": None}
+
+
+def is_sticky(text: str) -> bool:
+    """Whether the error is one after which the process can launch nothing more: a fault on the device, not a refused call."""
+    refused = ("captur", "out of memory", "invalid argument", "invalid configuration", "out of resources")
+    faults = ("CUDA error", "AcceleratorError", "HIP error", "Triton Error [CUDA]", "Triton Error [HIP]")
+    return any(word in text for word in faults) and not any(word in text for word in refused)
 
 
 def output_of(*command: str) -> str:
@@ -79,11 +122,31 @@ def output_of(*command: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout this lies in; as installed, the version. ``FASTVIT_COMMIT`` names it where git cannot."""
+    """What was measured: the checkout's commit, and ``+dirty-`` with a hash where the sources are not the committed ones.
+
+    As installed: the version and a hash of the installed sources. ``FASTVIT_COMMIT`` names it where git cannot.
+    """
     if os.environ.get("FASTVIT_COMMIT"):
         return os.environ["FASTVIT_COMMIT"]
-    ours = output_of("git", "rev-parse", "--show-toplevel") == str(ROOT)
-    return output_of("git", "rev-parse", "HEAD") if ours else f"v{fastvit.__version__}"
+    if output_of("git", "rev-parse", "--show-toplevel") != str(ROOT):
+        return f"v{fastvit.__version__}-{_hash(sorted(Path(fastvit.__file__).parent.rglob('*.py')))}"
+    changed = output_of("git", "diff", "--name-only", "HEAD", "--", *SOURCES).splitlines()
+    changed += output_of("git", "ls-files", "--others", "--exclude-standard", "--", *SOURCES).splitlines()
+    dirty = f"+dirty-{_hash([ROOT / name for name in sorted(changed)])}" if changed else ""
+    return output_of("git", "rev-parse", "HEAD") + dirty
+
+
+def _hash(files: list[Path]) -> str:
+    """Eight digits of the files' names and content; a file that is gone has none."""
+    found = hashlib.sha256()
+    for path in files:
+        found.update(str(path.name).encode() + b"\0" + (path.read_bytes() if path.is_file() else b"gone") + b"\0")
+    return found.hexdigest()[:8]
+
+
+def short(commit: str) -> str:
+    """Seven digits of a commit's, and what follows them."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]+\b", r"\1", commit)
 
 
 def cpu_name() -> str:
@@ -116,7 +179,8 @@ def environment(device: str) -> Result:
 
 def path_of(out: Path, about: Result, day: datetime.date, quick: bool = False) -> Path:
     folder = "cpu" if about["gpu"] == "none" else re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower()).strip("-")
-    return out / folder / f"{day.isoformat()}-{about['commit'][:7]}{'-quick' if quick else ''}.json"
+    name = re.sub(r"[^\w.+-]", "-", short(about["commit"]))
+    return out / folder / f"{day.isoformat()}-{name}{'-quick' if quick else ''}.json"
 
 
 def read(path: Path) -> Result:
@@ -125,16 +189,31 @@ def read(path: Path) -> Result:
         content = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON: {error}") from None
-    needed = {"case", "op", "pass", "dtype", "shape", "ours_ms"}
     rows = content.get("rows") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and needed <= row.keys() for row in rows):
-        raise ValueError(f"{path}: is no result file of the benchmarks: expected rows with {', '.join(sorted(needed))}")
+    if not isinstance(rows, list) or not isinstance(content.get("commit"), str) or not all(map(_is_row, rows)):
+        expected = ", ".join(_FIELDS)
+        raise ValueError(f"{path}: is no result file of the benchmarks: expected a commit and rows with {expected}")
     return content
 
 
+_TIME = (int, float, type(None))
+_FIELDS: dict[str, Any] = dict.fromkeys(("case", "op", "pass", "dtype"), str) | {"shape": list, "ours_ms": _TIME}
+_FIELDS |= dict.fromkeys(("peers", "unavailable"), dict)
+
+
+def _is_row(row: Any) -> bool:
+    """Of the fields that are read before anything is measured, each of its kind."""
+    if not isinstance(row, dict) or not all(name in row and isinstance(row[name], kind) for name, kind in _FIELDS.items()):
+        return False
+    return all(isinstance(size, int) for size in row["shape"]) and all(isinstance(ms, _TIME) for ms in row["peers"].values())
+
+
 def write(path: Path, result: Result) -> None:
+    """All of it or nothing: a run that is killed leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
 
 
 def merge(old: Result | None, new: Result) -> Result:
@@ -145,23 +224,44 @@ def merge(old: Result | None, new: Result) -> Result:
     return new | {"rows": [row for row in old["rows"] if key(row) not in measured] + new["rows"]}
 
 
-def compare(old: Result, new: Result, loss: float = LOSS) -> tuple[list[str], list[str]]:
-    """(losses, notes), a line each: what takes more than ``loss`` longer than it did or fails now; what only one side has."""
+def compare(old: Result, new: Result, loss: float = LOSS) -> tuple[list[str], list[str], int]:
+    """(losses, notes, rows compared): what takes longer than it did or fails now, a line each; what only one side has.
+
+    Judged on a CPU by our time over the anchor's (the original's or eager's) of the same run, where both runs have it, since a
+    machine is not equally busy twice; elsewhere by our time. A loss is more than ``loss`` longer, and the two intervals
+    (median ± spread) do not overlap.
+    """
     before, after = ({key(row): row for row in result["rows"]} for result in (old, new))
-    losses, notes = [], []
+    losses, notes, compared = [], [], 0
     for at, row in after.items():
         if at not in before:
             notes.append(f"only in the new run: {name_of(row)}")
             continue
-        was = before[at]["ours_ms"]
-        if was is None:
+        if before[at]["ours_ms"] is None:
             continue
+        compared += 1
         if row["ours_ms"] is None:
-            losses.append(f"{name_of(row)}: {row.get('error', 'no time')} (was {was:.4g} ms)")
-        elif row["ours_ms"] > (1 + loss) * was:
-            losses.append(f"{name_of(row)}: {was:.4g} -> {row['ours_ms']:.4g} ms, {row['ours_ms'] / was - 1:+.0%}")
+            losses.append(f"{name_of(row)}: {row.get('error', 'no time')} (was {before[at]['ours_ms']:.4g} ms)")
+            continue
+        anchor = _anchor(before[at], row) if old.get("gpu") == new.get("gpu") == "none" else None
+        (was, was_spread), (now, spread) = _judged(before[at], anchor), _judged(row, anchor)
+        if now > (1 + loss) * was and now * (1 - spread) > was * (1 + was_spread):
+            unit = f"of {anchor}'s time" if anchor else "ms"
+            losses.append(f"{name_of(row)}: {was:.4g} -> {now:.4g} {unit}, {now / was - 1:+.0%}")
     notes += [f"only in the old run: {name_of(row)}" for at, row in before.items() if at not in after]
     for what in ("gpu", "cpu", "threads"):
         if old.get(what) != new.get(what):
             notes.insert(0, f"another machine: {what} was {old.get(what)}, is {new.get(what)}")
-    return losses, notes
+    return losses, notes, compared
+
+
+def _anchor(*rows: Row) -> str | None:
+    return next((name for name in ANCHORS if all(row["peers"].get(name) for row in rows)), None)
+
+
+def _judged(row: Row, anchor: str | None) -> tuple[float, float]:
+    """(time, in milliseconds or of the anchor's, and its spread as a share of it)."""
+    spread = row.get("ours_spread") or 0.0
+    if anchor is None:
+        return row["ours_ms"], spread
+    return row["ours_ms"] / row["peers"][anchor], spread + row.get("peers_spread", {}).get(anchor, 0.0)

@@ -53,7 +53,9 @@ def machine(result: Result) -> str:
             f"; a large copy reaches {result['copy_gb_s']:.0f} GB/s, a large matrix product {result['gemm_tflop_s']:.3g} TFLOP/s"
         )
     extra = f", {libraries}" if libraries else ""
-    return f"{where}, PyTorch {versions['torch']}{extra}; commit {result['commit'][:7]}, {result['date'][:10]}{ceilings}."
+    return (
+        f"{where}, PyTorch {versions['torch']}{extra}; commit {results.short(result['commit'])}, {result['date'][:10]}{ceilings}."
+    )
 
 
 def quartiles(row: Row) -> str:

@@ -81,19 +81,23 @@ def _fill(task: Task, settings: Settings) -> results.Row:
     try:
         task.measure(row, settings)
     except Exception as error:
-        row |= {"error": results.describe(error), "ours_ms": None}
+        row |= results.failure(error)
+    if results.is_sticky(row.get("error") or ""):
+        row.setdefault("broke", "fastvit")
     return row
 
 
-def _sticky(row: results.Row) -> str | None:
-    """The error, of ours or of a peer, after which the device serves this process no more."""
-    told = [row.get("error", ""), *row["unavailable"].values()]
-    return next((text for text in told for word in ("CUDA error", "AcceleratorError", "HIP error") if word in text), None)
+def _without_who_broke(task: Task, older: results.Row | None) -> None:
+    """Leaves out the peer that broke the device in an earlier run, so that the others get their turn."""
+    name = (older or {}).get("broke")
+    if older and name in older["unavailable"]:
+        task.row["unavailable"][name] = older["unavailable"][name]
 
 
 def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, Path | None]:
     """(the result file's content, the file): ``say`` is told of every row. Nothing is written in a dry run.
 
+    After a kernel of anyone's that left the device unusable nothing more is begun, and the result says so as ``broken``.
     Raises ``ValueError`` for a part or case that there is none of, and for a file in the way that is no result.
     """
     begun = time.monotonic()
@@ -110,7 +114,7 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
         raise ValueError(f"case {job.case!r} is the name of none in the parts {', '.join(job.parts)}")
     ceilings = ceilings_of(job.device, job.dry, job.quick)
     result = about | ceilings | {"quick": job.quick, "rows": [], "not_begun": []}
-    tried = {results.key(row) for row in older["rows"]} if older else set()  # again, but after what was never begun
+    tried = {results.key(row): row for row in older["rows"]} if older else {}  # again, but after what was never begun
     done = {results.key(row) for row in older["rows"] if results.is_complete(row)} if older else set()
     try:
         for index, part in enumerate(planned):
@@ -126,16 +130,19 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
                 if time.monotonic() - begun > job.deadline_s:
                     result["not_begun"].append(results.name_of(task.row))
                     continue
+                _without_who_broke(task, tried.get(results.key(task.row)))
                 row = _fill(task, settings)
                 result["rows"].append(row)
                 say(progress(row))
                 if path is not None:
                     results.write(path, results.merge(older, result))
-                if _sticky(row):
-                    raise Broken(f"{results.name_of(row)}: {_sticky(row)}")
+                if "broke" in row:
+                    told = row["unavailable"].get(row["broke"]) or row.get("error")
+                    raise Broken(f"{results.name_of(row)}: {row['broke']}: {told}")
                 if job.device == "cuda":
                     torch.cuda.empty_cache()
     except Broken as error:
+        result["broken"] = str(error)
         print(f"benchmarks: the device is unusable after {error}; stopped there", file=sys.stderr)
     if result["not_begun"]:
         print(f"benchmarks: no time left for {len(result['not_begun'])} rows; run it again to go on", file=sys.stderr)

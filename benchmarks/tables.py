@@ -30,8 +30,14 @@ def newest(folder: Path, has_models: bool | None = None) -> tuple[Path, Result] 
     """The result file in the folder that was made last; with or without whole models among its rows, where that is asked."""
     found = [(path, results.read(path)) for path in sorted(folder.glob("[0-9]*.json")) if not path.stem.endswith("-quick")]
     if has_models is not None:
-        found = [(p, r) for p, r in found if any((row["op"] in show.WHOLE) == has_models for row in r["rows"])]
+        found = [
+            (p, r) for p, r in found if any(_is_model(row) == has_models for row in r["rows"] if row["pass"] != "first_call")
+        ]
     return max(found, key=lambda pair: pair[1]["date"], default=None)
+
+
+def _is_model(row: results.Row) -> bool:
+    return row["op"] in show.WHOLE
 
 
 def _caption(path: Path, result: Result, docs: bool) -> str:
@@ -67,13 +73,15 @@ def gpu(docs: bool) -> list[str]:
     """Every GPU there are results of: whole models, and in docs/ the operators too."""
     lines: list[str] = []
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu"):
-        found = newest(folder)
-        if found is None:
-            continue
-        path, result = found
-        rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
-        lines += [f"**{result['gpu']}**", "", *show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs), ""]
-        lines += _operators(path, result, docs) if docs else []
+        whole, operators = (newest(folder, has_models=has) for has in (True, False if docs else None))
+        name = next((result["gpu"] for _, result in filter(None, (whole, operators))), None)
+        lines += [f"**{name}**", ""] if name else []
+        if whole is not None:
+            path, result = whole
+            rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
+            lines += [*show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs), ""]
+        if operators is not None and docs:
+            lines += [*_operators(*operators, docs), ""]
     return lines or [line.format(docs="" if docs else "docs/") for line in UNMEASURED]
 
 

@@ -22,7 +22,7 @@ from fastvit.kernels._launch import Launch, record
 
 import fastvit
 
-from . import candidates, cases, launch_tables, measure, operators, peers, results
+from . import accuracy, candidates, cases, launch_tables, measure, operators, peers, results
 
 BUDGET_S = 0.1  # of timing a candidate
 DIRECTIONS = ("forward", "backward")
@@ -89,7 +89,7 @@ class Bench:
         return [entry for entry in both if entry not in forward]
 
     def check(self) -> None:
-        measure.check("the candidate", self.run(), self.exact, self.dtype)
+        accuracy.check("the candidate", self.run(), self.exact, self.dtype)
 
     def time(self) -> measure.Timing:
         with fastvit.use_backend("triton"):

@@ -1,12 +1,15 @@
 """``fastvit bench``: files, pictures and pages, going on where a run stopped, comparisons; the tables in the documentation."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
+import subprocess
 import time
 
 import pytest
+from fastvit.benchmarks import suite as installed_suite  # the command line's, which in a checkout is another module
 
 from benchmarks import plots, results, show, suite, tables
 from benchmarks.settings import Task
@@ -22,7 +25,8 @@ def call(*arguments):
     out, error = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         patch.setattr("sys.argv", ["fastvit", "bench", *map(str, arguments)])
-        patch.setattr(suite, "ceilings_of", lambda *_: {"copy_gb_s": 10.0, "gemm_tflop_s": 0.1})
+        for module in (suite, installed_suite):
+            patch.setattr(module, "ceilings_of", lambda *_: {"copy_gb_s": 10.0, "gemm_tflop_s": 0.1})
         with pytest.raises(SystemExit) as exit:
             run()
     return exit.value.code, out.getvalue(), error.getvalue()
@@ -105,12 +109,49 @@ def test_comparing():
     }
     new = {"gpu": "none", "rows": [_row("slower", 1.06), _row("same", 1.04), _row("fresh", 9.0), _row("x", 5.0)]}
     new["rows"].append(_row("broken", None, error="WrongResult: y"))
-    losses, notes = results.compare(old, new)
+    losses, notes, compared = results.compare(old, new)
+    assert compared == 3
     assert [line.split(":")[0] for line in losses] == ["linear slower forward fp32 1", "linear broken forward fp32 1"]
     assert "+6%" in losses[0]
     assert "WrongResult" in losses[1]
     assert notes == ["only in the new run: linear fresh forward fp32 1", "only in the old run: linear gone forward fp32 1"]
     assert results.compare(old | {"gpu": "H200"}, new)[1][0] == "another machine: gpu was H200, is none"
+
+
+def test_comparing_on_a_cpu_goes_by_the_anchor_and_beyond_the_spread():
+    """A machine that is busier in one run slows everyone; a slowed kernel slows itself."""
+
+    def run_of(ours, eager, spread=0.0):
+        return {"gpu": "none", "rows": [_row("x", ours, peers={"eager": eager}, ours_spread=spread)]}
+
+    assert results.compare(run_of(1.0, 2.0), run_of(2.0, 4.0))[0] == []
+    (loss,) = results.compare(run_of(1.0, 2.0), run_of(1.2, 2.0))[0]
+    assert "0.5 -> 0.6 of eager's time, +20%" in loss
+    assert results.compare(run_of(1.0, 2.0, 0.1), run_of(1.2, 2.0, 0.1))[0] == []
+    assert results.compare(run_of(1.0, 2.0, 0.05), run_of(1.2, 2.0, 0.05))[0]
+    on_gpu = {"gpu": "H200"}
+    assert results.compare(run_of(1.0, 2.0) | on_gpu, run_of(1.2, 4.0) | on_gpu)[0]
+
+
+def test_comparing_with_nothing_in_common_is_a_mistake(measured, tmp_path):
+    other = results.read(measured)
+    other["rows"][0]["shape"] = [1, 2, 3]
+    results.write(tmp_path / "other.json", other)
+    code, out, error = call(*ONE, "--out", measured.parents[1], "--compare", tmp_path / "other.json")
+    assert code == 1
+    assert "0 compared" in out
+    assert "nothing in it was measured in this run" in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_without_time_for_anything_writes_nothing_and_says_so(tmp_path, monkeypatch):
+    right = installed_suite.run
+    monkeypatch.setattr(installed_suite, "run", lambda job, say: right(dataclasses.replace(job, deadline_s=-1.0), say))
+    code, out, error = call(*ONE, "--out", tmp_path)
+    assert code == 0
+    assert "wrote" not in out
+    assert "no time left" in error
+    assert list((tmp_path / "cpu").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -121,6 +162,8 @@ def test_comparing():
         ([*ONE, "--compare", "absent.json"], "absent.json"),
         ([*ONE, "--compare", "broken.json"], "is not JSON"),
         ([*ONE, "--compare", "other.json"], "no result file"),
+        ([*ONE, "--compare", "list.json"], "no result file"),
+        ([*ONE, "--compare", "texts.json"], "no result file"),
         ([*ONE, "--out", "broken.json"], "broken.json"),
     ],
 )
@@ -128,6 +171,8 @@ def test_a_mistake_ends_in_one_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "other.json").write_text('{"rows": [{"case": 1}]}')
+    (tmp_path / "list.json").write_text('{"commit": "x", "rows": [1]}')
+    (tmp_path / "texts.json").write_text(json.dumps({"commit": "x", "rows": [_row("a", "fast")]}))
     code, _, error = call(*arguments)
     assert code == 1
     assert error.count("\n") == 1
@@ -153,11 +198,63 @@ def test_a_run_cut_short_goes_on_with_what_was_never_begun(tmp_path, monkeypatch
             row["unavailable"]["eager"] = "AcceleratorError: CUDA error: an illegal memory access"
             raise RuntimeError("CUDA error: an illegal memory access")
 
-    assert [row["case"] for row in _run_of(tmp_path, monkeypatch, measure)["rows"]] == ["a", "b"]
+    first = _run_of(tmp_path, monkeypatch, measure)
+    assert [row["case"] for row in first["rows"]] == ["a", "b"]
+    assert first["broken"].startswith("linear b")
     assert "the device is unusable after linear b" in capsys.readouterr().err
     result = _run_of(tmp_path, monkeypatch, measure)
     assert order == ["a", "b", "c", "b"]
     assert {row["case"]: row["ours_ms"] for row in result["rows"]} == {"a": 1.0, "b": None, "c": 1.0}
+
+
+def test_a_peer_that_broke_the_device_is_left_out_of_the_next_run(tmp_path, monkeypatch):
+    seen = []
+
+    def measure(row, settings):
+        seen.append((row["case"], dict(row["unavailable"])))
+        row["ours_ms"] = 1.0
+        if row["case"] == "b" and "sdpa" not in row["unavailable"]:
+            row["unavailable"]["sdpa"], row["broke"] = "RuntimeError: Triton Error [CUDA]: misaligned address", "sdpa"
+
+    assert _run_of(tmp_path, monkeypatch, measure)["broken"].startswith("linear b")
+    result = _run_of(tmp_path, monkeypatch, measure)
+    assert "broken" not in result
+    assert [case for case, _ in seen] == ["a", "b", "c", "b"]
+    assert "misaligned" in seen[-1][1]["sdpa"]
+    assert all(map(results.is_complete, result["rows"]))
+
+
+def test_a_changed_tree_is_another_commit(tmp_path, monkeypatch):
+    """Rows are reused by commit, so what is not committed is part of its name."""
+    monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+
+    def git(*arguments):
+        who = ("-c", "user.name=x", "-c", "user.email=x@example.com", "-c", "core.hooksPath=/dev/null")
+        subprocess.run(["git", *who, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    git("init", "-q")
+    source = tmp_path / "kernels" / "a.py"
+    for path in (source, tmp_path / "benchmarks" / "results" / "x.json", tmp_path / "fastvit" / "b.py"):
+        path.parent.mkdir(parents=True)
+        path.write_text("1")
+    git("add", ".")
+    git("commit", "-q", "-m", "x")
+    clean = results.commit()
+    assert len(clean) == 40
+    (tmp_path / "benchmarks" / "results" / "x.json").write_text("2")
+    assert results.commit() == clean
+    found = set()
+    for text in ("2", "3"):
+        source.write_text(text)
+        found.add(results.commit())
+    (tmp_path / "fastvit" / "new.py").write_text("1")
+    found.add(results.commit())
+    assert len(found) == 3
+    assert all(name.startswith(f"{clean}+dirty-") for name in found)
+    assert results.short(min(found)) == clean[:7] + min(found)[40:]
+    monkeypatch.setattr(results, "ROOT", tmp_path / "fastvit")  # as installed: the sources themselves
+    assert results.commit().startswith("v")
 
 
 def test_what_was_left_out_for_want_of_time_is_measured_again(tmp_path, monkeypatch):
@@ -234,6 +331,30 @@ def test_every_marked_table_is_filled_from_the_newest_file(tmp_path, monkeypatch
     assert tables.filled(text, docs=False) == text
     with pytest.raises(ValueError, match="no table 'x'"):
         tables.filled("<!-- table: x -->\n<!-- end of table -->", docs=False)
+
+
+def test_each_gpu_table_takes_the_newest_file_that_has_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    about = {"gpu": "H200", "commit": "0123456789", "versions": {"torch": "2.13.0"}}
+    for day, row in (("2026-01-01", _row("ViT", 1.0, op="model")), ("2026-01-02", _row("fc1", 2.0))):
+        results.write(tmp_path / "h200" / f"{day}-0123456.json", about | {"date": day, "rows": [row]})
+    readme, docs = ("\n".join(tables.gpu(docs)) for docs in (False, True))
+    assert "| ViT | 1.00 ms |" in readme
+    assert "2026-01-01" in readme
+    assert "fc1" not in readme
+    assert "| ViT |" in docs
+    assert "| fc1 |" in docs
+    assert docs.count("**H200**") == 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    results.write(path, {"rows": []})
+    with pytest.raises(TypeError):
+        results.write(path, {"rows": {1}})
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_every_published_result_can_be_read():

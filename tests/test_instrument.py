@@ -11,7 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases, contest, first_call, floors, gpu, measure, models, operators, peers, problems, results, show, suite
+from benchmarks import (
+    accuracy,
+    cases,
+    contest,
+    first_call,
+    floors,
+    gpu,
+    measure,
+    models,
+    operators,
+    peers,
+    problems,
+    results,
+    show,
+    suite,
+)
 from benchmarks.settings import Settings
 from fastvit import functional, reference
 
@@ -57,10 +72,10 @@ def test_every_case_computes_what_its_reference_does(case):
     ours, exact, competing = peers.contestants(case)
     inputs = case.inputs(torch.float32, "cpu", requires_grad=False)
     expected = operators.outputs(exact(**operators.double(inputs)))
-    measure.check("fastvit", operators.outputs(ours(**inputs)), expected, torch.float32)
+    accuracy.check("fastvit", operators.outputs(ours(**inputs)), expected, torch.float32)
     elsewhere = {"xformers", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn"}
     for name in competing.keys() - elsewhere:  # what is compiled runs as it is written
-        measure.check(name, operators.outputs(competing[name].build()(**inputs)), expected, torch.float32)
+        accuracy.check(name, operators.outputs(competing[name].build()(**inputs)), expected, torch.float32)
 
 
 def test_a_wrong_kernel_gets_an_error_and_no_time(monkeypatch):
@@ -107,9 +122,105 @@ def test_a_wrong_model_gets_an_error_also_where_another_variant_of_it_is_right()
     assert "WrongResult" in wrong["error"]
 
 
+def _zeroed_row(**named):
+    out = reference.attention(**named).clone()
+    out[..., 1, :] = 0
+    return out
+
+
+def _ignoring_a_key(query, key, value, **named):
+    return reference.attention(query, key[..., :-1, :], value[..., :-1, :], **named)
+
+
+@pytest.mark.parametrize(
+    "wrong", [_zeroed_row, _ignoring_a_key, lambda **named: reference.attention(**named) * 1.06], ids=["row", "key", "factor"]
+)
+def test_a_subtly_wrong_bf16_kernel_gets_no_time(wrong, monkeypatch):
+    """At the length of a ViT, where a row or a key is a small part of the whole; an honest one passes beside them."""
+    case = problems.Attention("ViT", 1, 2, 197, 64)
+    for function, right in ((functional.attention, True), (wrong, False)):
+        monkeypatch.setattr(functional, "attention", function)
+        monkeypatch.setattr(operators, "_why_not", lambda *_: "not asked")
+        row = results.new_row("ViT", "attention", "forward", "bf16", case.shape)
+        operators.run_case(case, row, DRY)
+        assert (row["ours_ms"] is not None) == right
+        assert ("WrongResult" in row.get("error", "")) != right
+
+
+def test_what_may_be_erred():
+    """Twice what eager errs, a row four times; an eager that is wrong sets no standard."""
+    bf16 = torch.bfloat16
+    assert accuracy.allowed(bf16, accuracy.Error(0.004, 0.01)).overall == pytest.approx(0.008 + 2**-10)
+    assert accuracy.allowed(bf16, accuracy.Error(0.004, 0.01)).row == pytest.approx(0.04 + 2**-6)
+    assert accuracy.allowed(bf16, accuracy.Error(0.5, 0.5)) == accuracy.allowed(bf16)
+    x = torch.randn(100, 8, dtype=torch.float64)
+    y = x.clone()
+    y[3] *= 1.1
+    (found,) = accuracy.errors([y], [x])
+    assert found.row == pytest.approx(0.1)
+    assert found.overall < 0.05
+
+
+def test_a_failing_eager_peer_takes_nobodys_time(monkeypatch):
+    def absent(**named):
+        raise ModuleNotFoundError("no eager here")
+
+    monkeypatch.setitem(peers.EAGER, "linear", absent)
+    row = _row(cases.LINEAR[0])
+    assert row["ours_ms"]
+    assert "no eager here" in row["unavailable"]["eager"]
+    x = torch.randn(3, 5)
+    row = results.new_row("toy", "model", "forward", "bf16", [3, 5]) | {"gflop": 1.0}
+    contest.run(row, DRY, x, {"eager": absent}, {"accelerated": lambda: lambda: x.bfloat16()})
+    assert row["ours_ms"]
+
+
+def test_a_failing_kernel_keeps_its_reason(monkeypatch):
+    class CompilationError(Exception):
+        pass
+
+    def failing(*args, **named):
+        try:
+            raise ValueError("numel is too large")
+        except ValueError as cause:
+            raise CompilationError("at 3:8:\n  x = tl.arange(0, 7)\n      ^\narange must be a power of 2") from cause
+
+    monkeypatch.setattr(functional, "linear", failing)
+    row = _row(cases.LINEAR[0])
+    assert row["error"] == "CompilationError: arange must be a power of 2 (from ValueError: numel is too large)"
+    assert any("x = tl.arange" in line for line in row["traceback"])
+
+
+@pytest.mark.parametrize(
+    ("text", "sticky"),
+    [
+        ("AcceleratorError: CUDA error: an illegal memory access was encountered", True),
+        ("RuntimeError: Triton Error [CUDA]: misaligned address", True),
+        ("RuntimeError: CUDA error: operation not permitted when stream is capturing", False),
+        ("RuntimeError: Triton Error [CUDA]: out of memory", False),
+        ("WrongResult: errs by 0.1", False),
+    ],
+)
+def test_errors_after_which_nothing_runs(text, sticky):
+    assert results.is_sticky(text) == sticky
+
+
+def test_replays_are_compared_with_replays():
+    """A peer that could not be captured is held against our own time without a graph."""
+    row = {"ours_ms": 1.0, "peers": {"a": 1.5, "b": 1.2}}
+    row |= {"timed": {"fastvit": "replay", "a": "replay", "b": "events"}, "events_ms": {"fastvit": 0.5, "a": 9.0, "b": 1.2}}
+    assert results.ratio(row) == 1.5
+    assert results.fastest_peer(row) == "a"
+    row["events_ms"]["fastvit"] = 2.0
+    assert results.ratio(row) == pytest.approx(0.6)
+    assert results.fastest_peer(row) == "b"
+    row["peers"]["b_graph"], row["timed"]["b_graph"] = 1.1, "replay"  # now b's replay stands for it
+    assert results.ratio(row) == pytest.approx(1.1)
+
+
 def test_nan_passes_no_check():
-    with pytest.raises(measure.WrongResult, match="inf"):
-        measure.check("x", [torch.tensor([1.0, float("nan")])], [torch.ones(2)], torch.float32)
+    with pytest.raises(accuracy.WrongResult, match="inf"):
+        accuracy.check("x", [torch.tensor([1.0, float("nan")])], [torch.ones(2)], torch.float32)
 
 
 def test_medians_and_spread():

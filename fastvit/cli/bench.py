@@ -42,7 +42,7 @@ def bench(
             result, path = suite.run(job, lambda line: say(console, line))
             measured = result["rows"]
             show.print_rows(measured)
-            if path is not None:
+            if path is not None and path.exists():
                 pictures = _draw(plots, result, path, console)
                 path.with_suffix(".md").write_text(show.page(result, [picture.name for picture in pictures]))
                 say(console, f"wrote {path}, {path.with_suffix('.md').name} and {len(pictures)} plots beside it")
@@ -50,11 +50,17 @@ def bench(
         raise UserError(str(error)) from error
     if older is not None:
         older["rows"] = [row for row in older["rows"] if job.matches(row)]
-        losses, notes = results.compare(older, result)
+        losses, notes, compared = results.compare(older, result)
+        rule = "time over eager's of the same run" if target == "cpu" else "time"
+        say(console, f"{compared} compared by {rule}: a loss is over 5 % more, beyond both spreads")
         for line in (*notes, *losses):
             say(console, line)
+        if not compared:
+            raise UserError(f"--compare {compare}: nothing in it was measured in this run")
         if losses:
-            raise UserError(f"{len(losses)} of {len(measured)} are over 5 % slower than in {compare}, or fail now")
+            raise UserError(f"{len(losses)} of {compared} are over 5 % slower than in {compare}, or fail now")
+    if result.get("broken"):
+        raise UserError(f"the device was left unusable by {result['broken']}")
     failed = [row for row in measured if row.get("error")]
     if failed:
         raise UserError(f"{len(failed)} of {len(measured)} failed; the first: {results.name_of(failed[0])}: {failed[0]['error']}")
