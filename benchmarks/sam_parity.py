@@ -21,6 +21,7 @@ from fastvit import SamPredictor
 from fastvit._torchvision import ensure_importable
 from fastvit.models import sam_vit_b, sam_vit_h, sam_vit_l
 from fastvit.models.sam import Sam, to_huggingface_state_dict
+from fastvit.pipelines.embeddings import scale
 
 ensure_importable()
 
@@ -107,7 +108,7 @@ def compare(size: str) -> dict[str, Any]:
     found["error"] = relative(predictor.features, embedding)
     found["float32"] = ious(masks(predictor), expected)
     if size == "b":
-        pixels = theirs.preprocess(predictor._scaled(photograph(), "RGB")[0])
+        pixels = theirs.preprocess(scale(photograph(), "RGB", ours, predictor.transform)[0])
         found["huggingface"] = relative(predictor.features, huggingface_encoder(ours)(pixels).last_hidden_state)
     # segment_anything's prompt encoder takes float32 alone: its own bfloat16 is autocast, or its image encoder by itself.
     theirs.image_encoder.bfloat16()

@@ -18,6 +18,7 @@ from benchmarks import sam_parity
 from benchmarks.sam_parity import PROMPTS, ious, masks, photograph
 from fastvit import SamPredictor
 from fastvit.models import sam_vit_h, sam_vit_l
+from fastvit.pipelines.embeddings import scale
 from tests.model_errors import relative
 
 pytestmark = [pytest.mark.full, pytest.mark.slow]
@@ -39,7 +40,7 @@ def test_sam_b_at_1024_pixels_gives_the_same_embeddings_and_masks():
     assert 0.1 < shares.min() <= shares.max() < 0.9, "masks that are neither empty nor full"
     assert min(ious(masks(predictor), expected)) >= 0.999
     with torch.no_grad():
-        pixels = theirs.preprocess(predictor._scaled(photograph(), "RGB")[0])
+        pixels = theirs.preprocess(scale(photograph(), "RGB", ours, predictor.transform)[0])
         huggingface = sam_parity.huggingface_encoder(ours)(pixels).last_hidden_state
     assert relative(predictor.features, huggingface) <= ENCODER
     ours.image_encoder.bfloat16()

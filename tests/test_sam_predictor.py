@@ -299,6 +299,7 @@ def test_several_pictures_give_what_each_gives_alone(whose):
             low_res = expected[2][:1]
     with pytest.raises(ValueError, match="image_index is 3; expected the place of one of 3 images"):
         together.predict(image_index=3)
+    np.testing.assert_array_equal(together.predict(image_index=np.argmax([0, 1]))[0], together.predict(image_index=1)[0])
     together.set_image(pictures()[1])
     assert together.original_size == alone.original_size, "and one picture is one again"
     np.testing.assert_array_equal(together.predict()[0], alone.predict()[0])
@@ -383,6 +384,30 @@ def test_pictures_in_tensors_are_scaled_to_the_same_size():
     assert (scaled - expected).abs().max() < 1, "less than one of 255 levels"
 
 
+# Tensors and arrays of other kinds
+
+
+def test_prompts_in_bfloat16_and_backwards(predictor):
+    """NumPy has no bfloat16, and PyTorch no array that is read backwards."""
+    box, labels = torch.tensor([120.0, 40, 330, 280]), torch.tensor([1])
+    mask = torch.randn(1, 4 * GRID, 4 * GRID, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = predictor.predict([[225, 120]], labels.numpy(), box.numpy(), mask.float().numpy())
+    halved = predictor.predict(torch.tensor([[225.0, 120]]).bfloat16(), labels, box.bfloat16(), mask)
+    reversed_twice = mask.float().numpy()[:, ::-1].copy()[:, ::-1]
+    backwards = predictor.predict([[225, 120]], [1], box, reversed_twice)
+    for one in (halved, backwards):
+        np.testing.assert_array_equal(one[2], expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_originals_model_takes_a_mask_in_its_own_dtype(dtype):
+    predictor = SamPredictor(small_sam().to(dtype))
+    predictor.set_image(photograph())
+    mask = torch.randn(1, 1, 4 * GRID, 4 * GRID, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = predictor.predict(mask_input=mask[0].float())[2]
+    np.testing.assert_array_equal(predictor.predict_torch(None, None, mask_input=mask)[2][0].numpy(), expected)
+
+
 # What is refused
 
 
@@ -427,6 +452,10 @@ def test_other_mistakes_are_named(sam, predictor):
         predictor.set_image(photograph(), "HSV")
     with pytest.raises(ValueError, match=r"expected \(B, 3, H, W\) with a longest side of 64"):
         predictor.set_torch_image(torch.zeros(1, 3, 60, 60), (60, 60))
+    with pytest.raises(ValueError, match=r"original_image_size is \(60, 64, 3\); expected \(H, W\)"):
+        predictor.set_torch_image(torch.zeros(1, 3, 60, 64), (60, 64, 3))
+    with pytest.raises(TypeError, match="transformed_image is ndarray; expected"):
+        predictor.set_torch_image(np.zeros((1, 3, 60, 64)), (60, 64))
     with pytest.raises(ValueError, match="point_labels is None"):
         predictor.predict_torch(torch.zeros(1, 1, 2), None)
     with pytest.raises(TypeError, match="sam_model is Linear, without image_encoder"):

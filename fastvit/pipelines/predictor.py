@@ -13,12 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from PIL import Image
 from torch import Tensor
-from torch.func import functional_call
 
-from ..models.sam import PromptEncoder
-from .transforms import ResizeLongestSide, as_pixels
+from .embeddings import Size, embed, embed_all, scale
+from .prompts import encode_prompts, read_prompt
+from .transforms import ResizeLongestSide
 
-FORMATS = ("RGB", "BGR")
 NEEDED = ("image_encoder", "prompt_encoder", "mask_decoder", "preprocess", "postprocess_masks", "mask_threshold", "image_format")
 
 
@@ -59,8 +58,10 @@ class SamPredictor:
         Args:
             image: (H, W, 3) uint8, or floats from 0 to 1, or a Pillow picture of any mode.
             image_format: the order of an array's channels, "RGB" or "BGR".
+
+        Raises ``TypeError`` and ``ValueError`` for what is no picture.
         """
-        self.set_torch_image(*self._scaled(image, image_format))
+        self.set_torch_image(*scale(image, image_format, self.model, self.transform))
 
     @torch.no_grad()
     def set_images(self, images: Iterable[Any], image_format: str = "RGB", *, batch_size: int = 8) -> None:
@@ -78,27 +79,8 @@ class SamPredictor:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected at least 1")
         self.reset_image()
-        features: list[Tensor] = []
-        original_sizes: list[tuple[int, int]] = []
-        input_sizes: list[tuple[int, int]] = []
-        waiting: list[Tensor] = []
-        for image in images:
-            try:
-                pixels, size = self._scaled(image, image_format)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"images[{len(original_sizes)}]: {error}") from error
-            original_sizes.append(size)
-            input_sizes.append((pixels.shape[2], pixels.shape[3]))
-            waiting.append(self.model.preprocess(pixels))
-            if len(waiting) == batch_size:
-                features.append(self._embed(torch.cat(waiting)))
-                waiting = []
-        if waiting:
-            features.append(self._embed(torch.cat(waiting)))
-        if not features:
-            raise ValueError("images holds no picture; expected at least one")
-        self.features = torch.cat(features)
-        self.original_size, self.input_size = original_sizes, input_sizes
+        embedded = embed_all(images, image_format, batch_size, self.model, self.transform)
+        self.features, self.original_size, self.input_size = embedded
         self.is_image_set = True
 
     @torch.no_grad()
@@ -110,13 +92,17 @@ class SamPredictor:
                 not 1, a single prompt is about all of them, and ``predict_torch`` gives a row each.
             original_image_size: (H, W) before scaling.
         """
+        if not isinstance(transformed_image, Tensor):
+            raise TypeError(f"transformed_image is {type(transformed_image).__name__}; expected a torch.Tensor")
         side = self.model.image_encoder.img_size
         shape = tuple(transformed_image.shape)
         if len(shape) != 4 or shape[1] != 3 or max(shape[2:]) != side or not shape[0]:
             raise ValueError(f"transformed_image has shape {shape}; expected (B, 3, H, W) with a longest side of {side}")
+        if len(original_image_size) != 2:
+            raise ValueError(f"original_image_size is {original_image_size}; expected (H, W)")
         height, width = original_image_size
         self.reset_image()
-        self.features = self._embed(self.model.preprocess(transformed_image.to(self.device)))
+        self.features = embed(self.model, [transformed_image.to(self.device)])
         self.original_size = (int(height), int(width))
         self.input_size = shape[2:]
         self.is_image_set = True
@@ -140,7 +126,7 @@ class SamPredictor:
             point_labels: (N,), 1 for the object, 0 for what is not it; -1 for a row that is to be ignored. Another whole
                 number marks a place alone. Without points, labels mean nothing.
             box: (4,), (1, 4) or (2, 2), as (x0, y0, x1, y1) in pixels of the picture.
-            mask_input: (1, h, w) logits: one of the masks that an earlier call returned last.
+            mask_input: (1, h, w) logits: one of the low-resolution masks that an earlier call returned.
             multimask_output: three masks instead of one, for prompts that may mean part, object or group.
             return_logits: logits instead of the booleans "logit > model.mask_threshold".
             text_embedding: (text_dim,), CLIP's of a text or an image, for a Sam of ours that has a ``text_dim``.
@@ -149,14 +135,14 @@ class SamPredictor:
         Returns:
             masks (C, H, W), bool or float32; the model's own estimate of their IoU (C,), float32; the masks as the decoder
             gives them (C, h, w), float32 logits, 256×256 for a model of 1024 pixels.
+
+        Raises ``RuntimeError`` where no picture is set, ``TypeError`` and ``ValueError`` for prompts that do not fit.
         """
-        size = self._of(image_index)[0]
-        points = self._points(point_coords, point_labels, size)
-        boxes = None if box is None else self._box(box, size)
-        low_res_input = None if mask_input is None else self._mask(mask_input)
-        text = None if text_embedding is None else self._tensor(_numbers("text_embedding", text_embedding, (None,)))[None]
+        _, size, _ = self._picture(image_index)
+        given = point_coords, point_labels, box, mask_input, text_embedding
+        prompt = read_prompt(self.model, self.transform, size, *given)
         masks, quality, low_res = self.predict_torch(
-            *points, boxes, low_res_input, multimask_output, return_logits, text_embeddings=text, image_index=image_index
+            **prompt, multimask_output=multimask_output, return_logits=return_logits, image_index=image_index
         )
         return masks[0].cpu().numpy(), quality[0].cpu().numpy(), low_res[0].cpu().numpy()
 
@@ -181,9 +167,10 @@ class SamPredictor:
             boxes: (B, 4), (B, 1, 4) or (B, 2, 2) in the scaled picture.
             mask_input: (B, 1, h, w) logits, or (1, 1, h, w) for all of the prompts.
             text_embeddings: (B, text_dim), as in ``predict``.
+            multimask_output, return_logits, image_index: as in ``predict``.
 
         Returns:
-            masks (B, C, H, W), estimated IoU (B, C) and low-resolution logits (B, C, h, w); no numbers below float32.
+            masks (B, C, H, W), estimated IoU (B, C) and low-resolution logits (B, C, h, w), in float32 at least.
         """
         prompts = point_coords, point_labels, boxes, mask_input
         low_res, quality = self.predict_low_res(
@@ -205,20 +192,8 @@ class SamPredictor:
         image_index: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """What ``predict_torch`` knows before it scales masks up: logits (B, C, h, w) and estimated IoU (B, C)."""
-        self._of(image_index)
-        if point_coords is not None and point_labels is None:
-            raise ValueError("point_labels is None; expected one each of the point_coords")
-        prompts: dict[str, Any] = {
-            "points": None if point_coords is None else (point_coords, point_labels),
-            "boxes": boxes,
-            "masks": mask_input,
-        }
-        if text_embeddings is not None:
-            if getattr(self.model.prompt_encoder, "text_embedding", None) is None:
-                raise ValueError("text_embeddings: the model takes none; expected a Sam of fastvit's with a text_dim")
-            prompts["text"] = text_embeddings
-        sparse, dense, positions = self._encode(prompts)
-        features = self.features[image_index : image_index + 1] if self._several else self.features
+        features, _, _ = self._picture(image_index)
+        sparse, dense, positions = encode_prompts(self.model, point_coords, point_labels, boxes, mask_input, text_embeddings)
         low_res, quality = self.model.mask_decoder(
             image_embeddings=features.to(positions.dtype),
             image_pe=positions,
@@ -231,12 +206,12 @@ class SamPredictor:
     @torch.no_grad()
     def upscale(self, low_res: Tensor, *, image_index: int = 0) -> Tensor:
         """Logits (B, C, h, w) → (B, C, H, W) of the picture that is set."""
-        original_size, input_size = self._of(image_index)
+        _, original_size, input_size = self._picture(image_index)
         return self.model.postprocess_masks(low_res, input_size, original_size)
 
     def get_image_embedding(self) -> Tensor:
         """(1, C, h, w): 256 channels on a grid of 64×64 for a model of 1024 pixels; after ``set_images`` one each picture."""
-        self._of(0)
+        self._picture(0)
         return self.features
 
     def reset_image(self) -> None:
@@ -244,105 +219,19 @@ class SamPredictor:
         self.is_image_set = False
         self.features = self.original_size = self.input_size = None
 
-    def _encode(self, prompts: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, dense prompts, and the positions of the picture, in the mask decoder's dtype.
-
-        segment_anything's prompt encoder takes float32 alone: weights of another dtype are converted for the call.
-        """
-        encoder = self.model.prompt_encoder
-        own, dtype = (next(part.parameters()).dtype for part in (encoder, self.model.mask_decoder))
-        if isinstance(encoder, PromptEncoder) or own == torch.float32:
-            masks = prompts["masks"]
-            sparse, dense = encoder(**prompts | {"masks": None if masks is None else masks.to(own)})
-            positions = encoder.get_dense_pe()
-        else:
-            weights = {name: tensor.float() for name, tensor in encoder.state_dict().items()}
-            sparse, dense = functional_call(encoder, weights, kwargs=prompts)
-            matrix = {name.removeprefix("pe_layer."): t for name, t in weights.items() if name.startswith("pe_layer.")}
-            positions = functional_call(encoder.pe_layer, matrix, (encoder.image_embedding_size,)).unsqueeze(0)
-        return sparse.to(dtype), dense.to(dtype), positions.to(dtype)
-
-    @property
-    def _several(self) -> bool:
-        """Whether the pictures that are set have prompts of their own."""
-        return isinstance(self.original_size, list)
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        """The image encoder's."""
-        return next(self.model.image_encoder.parameters()).dtype
-
-    def _of(self, image_index: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(original size, input size) of a picture that is set. Raises for one that is not."""
+    def _picture(self, image_index: int) -> tuple[Tensor, Size, Size]:
+        """(features, original size, input size) of a picture that is set. Raises for one that is not."""
         if not self.is_image_set:
             raise RuntimeError("no image is set; call set_image before predicting")
-        count = len(self.original_size) if self._several else 1
-        if not isinstance(image_index, int) or not 0 <= image_index < count:
+        several = isinstance(self.original_size, list)
+        count = len(self.original_size) if several else 1
+        if not isinstance(image_index, (int, np.integer)) or not 0 <= image_index < count:
             raise ValueError(f"image_index is {image_index!r}; expected the place of one of {count} images, from 0 on")
-        if self._several:
-            return self.original_size[image_index], self.input_size[image_index]
-        return self.original_size, self.input_size
-
-    def _scaled(self, image: Any, image_format: str) -> tuple[Tensor, tuple[int, int]]:
-        """A picture as ``set_torch_image`` takes it, (1, 3, H', W') and (H, W)."""
-        if image_format not in FORMATS:
-            raise ValueError(f"image_format is {image_format!r}; expected one of {', '.join(FORMATS)}")
-        pixels = as_pixels(image)
-        given = "RGB" if isinstance(image, Image.Image) else image_format
-        if given != self.model.image_format:
-            pixels = pixels[..., ::-1]
-        scaled = torch.as_tensor(self.transform.apply_image(np.ascontiguousarray(pixels)), device=self.device)
-        return scaled.permute(2, 0, 1).contiguous()[None], (pixels.shape[0], pixels.shape[1])
-
-    def _embed(self, pixels: Tensor) -> Tensor:
-        """(pictures, 3, side, side), normalized and padded → (pictures, C, h, w)."""
-        return self.model.image_encoder(pixels.to(self._dtype))
-
-    def _tensor(self, values: np.ndarray) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
-
-    def _points(
-        self, coords: ArrayLike | None, labels: ArrayLike | None, size: tuple[int, int]
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if coords is None:
-            return None, None
-        if labels is None:
-            raise ValueError("point_labels is None; expected one each of the point_coords")
-        points = _numbers("point_coords", coords, (None, 2))
-        kinds = _numbers("point_labels", labels, (len(points),))
-        scaled = self._tensor(self.transform.apply_coords(points, size))
-        return scaled[None], torch.as_tensor(kinds.astype(np.int32), device=self.device)[None]
-
-    def _box(self, box: ArrayLike, size: tuple[int, int]) -> Tensor:
-        shape = np.shape(box) if np.shape(box) in ((1, 4), (2, 2)) else (4,)  # type: ignore[arg-type]
-        numbers = _numbers("box", box, shape)
-        return self._tensor(self.transform.apply_boxes(numbers, size))
-
-    def _mask(self, mask: ArrayLike) -> Tensor:
-        size = tuple(self.model.prompt_encoder.mask_input_size)
-        return self._tensor(_numbers("mask_input", mask, (1, *size)))[None]
+        if several:
+            return self.features[image_index : image_index + 1], self.original_size[image_index], self.input_size[image_index]
+        return self.features, self.original_size, self.input_size
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
     """Half-precision logits would be scaled up, compared and counted in half precision."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
-def _numbers(name: str, values: Any, shape: tuple[int | None, ...]) -> np.ndarray:
-    """An array of finite numbers of this shape, None standing for any length. Raises ``TypeError`` or ``ValueError``."""
-    try:
-        array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
-    except ValueError:
-        raise ValueError(f"{name} has rows of different lengths; expected {_layout(shape)}") from None
-    if array.dtype.kind not in "fiub":
-        raise TypeError(f"{name} has dtype {array.dtype}; expected numbers")
-    if array.ndim != len(shape) or any(want not in (None, have) for have, want in zip(array.shape, shape, strict=True)):
-        raise ValueError(f"{name} has shape {array.shape}; expected {_layout(shape)}")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds numbers that are not finite")
-    return array
-
-
-def _layout(shape: tuple[int | None, ...]) -> str:
-    sides = ", ".join("N" if side is None else str(side) for side in shape)
-    return f"({sides},)" if len(shape) == 1 else f"({sides})"
