@@ -145,12 +145,13 @@ def _task(asked: dict[str, Any], target: torch.device, dtype: torch.dtype) -> "t
     from ..pipelines import tasks
     from ..pipelines.text import clip_processor
 
-    with user_errors(), needs("demo", "--min-area"):
+    with user_errors():
         sam = load_sam(asked["checkpoint"], device=target, dtype=torch.float32).requires_grad_(False)
         sam.image_encoder.to(dtype)  # where the time goes; rounding in the mask decoder would show in the masks
         if asked["grid"] is None:
             return tasks.Prompt(fastvit.SamPredictor(sam), asked["points"], asked["box"])
-        generator = fastvit.SamAutomaticMaskGenerator(sam, **asked["grid"], output_mode="coco_rle")
+        with needs("demo", "--min-area"):
+            generator = fastvit.SamAutomaticMaskGenerator(sam, **asked["grid"], output_mode="coco_rle")
         if asked["text"] is None:
             return tasks.Everything(generator)
         compared = open_model(asked["clip"], target, dtype)
