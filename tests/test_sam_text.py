@@ -162,6 +162,8 @@ BAD = [
     ({"background": "white"}, ValueError, "background is 'white'; expected one of blur, blank, keep"),
     ({"masks": regions()[:, :10]}, ValueError, r"one of shape \(10, 451\); expected the image's, \(300, 451\)"),
     ({"masks": regions().astype(np.float32)}, TypeError, "masks hold float32; expected booleans"),
+    ({"batch_size": -1}, ValueError, "batch_size is -1; expected at least 1"),
+    ({"margin": -0.6}, ValueError, "margin is -0.6; expected at least 0"),
     ({"image": photograph() > 9}, TypeError, "image has dtype bool"),
 ]
 

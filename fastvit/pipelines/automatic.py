@@ -180,12 +180,10 @@ class SamAutomaticMaskGenerator:
         low_res, quality = predictor.predict_low_res(scaled[:, None], labels)
         prompts = torch.as_tensor(points).repeat_interleave(quality.shape[1], dim=0) + torch.tensor(crop[:2])
         low_res, quality = low_res.flatten(0, 1), quality.flatten()
-        good = (
-            quality > self.pred_iou_thresh if self.pred_iou_thresh > 0 else torch.ones_like(quality, dtype=torch.bool)
-        ).nonzero()
+        good = quality > self.pred_iou_thresh if self.pred_iou_thresh > 0 else torch.ones_like(quality, dtype=torch.bool)
         side = predictor.model.image_encoder.img_size
         at_once = max(1, LOGITS_AT_ONCE // max(side**2, image_size[0] * image_size[1]))
-        for rows in good[:, 0].split(at_once):
+        for rows in good.nonzero()[:, 0].split(at_once):
             yield self._keep(low_res[rows], quality[rows], prompts[rows.cpu()], crop, image_size)
 
     def _keep(self, low_res: Tensor, quality: Tensor, points: Tensor, crop: Box, image_size: tuple[int, ...]) -> _Proposals:

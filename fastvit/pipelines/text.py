@@ -58,6 +58,10 @@ def rank_by_text(
         raise ValueError(f"text is {text!r}; expected words")
     if background not in BACKGROUNDS:
         raise ValueError(f"background is {background!r}; expected one of {', '.join(BACKGROUNDS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1")
+    if not margin >= 0:
+        raise ValueError(f"margin is {margin}; expected at least 0, of the box's longer side")
     pixels = as_pixels(image)
     found = _as_masks(masks, pixels.shape[:2])
     filled = [index for index, mask in enumerate(found) if mask.any()]
