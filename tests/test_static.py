@@ -96,7 +96,7 @@ def test_a_difference_names_row_value_before_and_after():
 
 
 def test_a_snapshot_is_a_row_a_line():
-    lines = snapshot.lines_of([_row("b", 40), _row("a", 128, exp2=16)])
+    lines = snapshot.lines_of([_row("b", 40), _row("a", 128, exp2=16), _row("a", 64)])
     text = snapshot.dump("sm_90", "3.7.1", lines)
     assert json.loads(text) == {"target": "sm_90", "triton": "3.7.1", "rows": lines}
     (line,) = [line for line in text.splitlines() if '"a"' in line]

@@ -19,9 +19,14 @@ def path_of(target: str) -> Path:
 
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What is kept of each report, by its name: zeros and empty values left out, the hottest loop's counts under "loop"."""
-    kept = {}
+    """What is kept of each report, by its name: zeros and empty values left out, the hottest loop's counts under "loop".
+
+    Of several variants of one name the first.
+    """
+    kept: dict[str, dict[str, Any]] = {}
     for row in rows:
+        if row["name"] in kept:
+            continue
         spills = row["counts"].get("spills", 0)
         values = {name: row[name] for name in ("registers", "stack", "shared", "occupancy")} | {"spills": spills}
         values |= {"instructions": row["counts"].get("instructions", 0)} | row["tensor_core"] | {"loop": row["loop"]}
