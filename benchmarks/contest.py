@@ -4,6 +4,7 @@ How far bf16 may be from float32: ``accuracy``'s rule, held to what the eager pe
 """
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -32,15 +33,15 @@ def inference(function: Callable[..., Tensor], *inputs: Tensor) -> Call:
     return call
 
 
-def variants(name: str, call: Call, small: bool, max_autotune: bool = False) -> dict[str, Callable[[], Call]]:
-    """The call as it is and compiled; for small batches as CUDA graphs too."""
-    found: dict[str, Callable[[], Call]] = {name: lambda: call}
-    found[f"{name}_compile"] = lambda: peers.compiled(call)
+def variants(name: str, build: Callable[[], Call], small: bool, max_autotune: bool = False) -> dict[str, Callable[[], Call]]:
+    """What ``build`` gives as it is and compiled; for small batches as CUDA graphs too. It is built once."""
+    build = functools.cache(build)
+    found: dict[str, Callable[[], Call]] = {name: build, f"{name}_compile": lambda: peers.compiled(build())}
     if max_autotune:
-        found[f"{name}_compile_max_autotune"] = lambda: peers.compiled(call, "max-autotune-no-cudagraphs")
+        found[f"{name}_compile_max_autotune"] = lambda: peers.compiled(build(), "max-autotune-no-cudagraphs")
     if small:
-        found[f"{name}_graph"] = lambda: measure.graphed(call)
-        found[f"{name}_compile_graph"] = lambda: measure.graphed(peers.compiled(call))
+        found[f"{name}_graph"] = lambda: measure.graphed(build())
+        found[f"{name}_compile_graph"] = lambda: measure.graphed(peers.compiled(build()))
     return found
 
 

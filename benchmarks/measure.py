@@ -147,11 +147,12 @@ def side_stream() -> Iterator[None]:
 def _capturing(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
     """Capture on the current stream (on one of its own where that is the default one), which is current again afterwards.
 
-    PyTorch's own context leaves its stream current where the end of the capture fails.
+    PyTorch's own context leaves its stream current where the end of the capture fails. Indices that a library makes on the CPU
+    at every call, as SAM's do for relative positions, are made on the GPU here: a copy from the CPU cannot be captured.
     """
     before = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, stream=None if before == torch.cuda.default_stream() else before):
+        with torch.device("cuda"), torch.cuda.graph(graph, stream=None if before == torch.cuda.default_stream() else before):
             yield
     finally:
         torch.cuda.set_stream(before)
@@ -202,7 +203,7 @@ class Replay:
 
 def graphed(call: Call) -> Replay:
     """The call as one CUDA graph. Raises where it cannot be captured."""
-    with side_stream():
+    with side_stream(), torch.device("cuda"):  # what is compiled is compiled for the capture
         for _ in range(3):
             call()
     torch.cuda.synchronize()

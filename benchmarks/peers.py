@@ -162,6 +162,7 @@ def contestants(case: Problem) -> tuple[Function, Function, dict[str, Peer]]:
         if case.rel:
             for name in ("bias_folded", "bias_folded_flash"):
                 found[name] = Peer(functools.partial(bind, functools.partial(_by_way, ways.WAYS[name])))
+                found[f"{name}_compile"] = Peer(found[name].build, "default")
         if case.mask is None:
             found["xformers"] = Peer(lambda: bind(_xformers(case)))
             if case.rel is None:
@@ -171,6 +172,8 @@ def contestants(case: Problem) -> tuple[Function, Function, dict[str, Peer]]:
     elif isinstance(case, ImageAttention):
         found["eager"] = Peer(lambda: exact)
         found |= {name: Peer(lambda build=build: bind(build())) for name, build in image_peers.peers(case).items()}
+        for name in ("bias_folded", "bias_folded_flash"):
+            found[f"{name}_compile"] = Peer(found[name].build, "default")
         found["flex"] = Peer(lambda: bind(functools.partial(image_peers.by_way, ways.flex)), "default")
         compiles = found["sdpa_dense_bias"].build
     else:

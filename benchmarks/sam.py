@@ -1,7 +1,8 @@
 """SAM's image encoder in bf16 on a GPU: ``fastvit.models``' and the accelerated original, against what others make of it.
 
-Peers, all with the same random weights: segment_anything's encoder and transformers' SDPA mode, eager and compiled with
-max-autotune; segment_anything's with the relative positions folded into channels, or as FlexAttention's score_mod (``ways``).
+Peers, all with the same random weights: segment_anything's encoder and transformers' SDPA mode, eager and compiled; and
+segment_anything's with the relative positions folded into channels, or as FlexAttention's score_mod (``ways``). At batch 1 each,
+ours as theirs, is a CUDA graph too.
 Another row encodes one image and decodes one point, the decoder in float32.
 """
 
@@ -58,16 +59,15 @@ def original(sizes: dict[str, Any]) -> nn.Module:
         modeling.PromptEncoder(prompt_dim, (grid, grid), (image, image), mask_in_chans=16),
         modeling.MaskDecoder(transformer_dim=prompt_dim, transformer=transformer),
     )
-    for name, parameter in encoder.named_parameters():
-        if "rel_pos" in name or "pos_embed" in name:
-            nn.init.normal_(parameter, std=0.02)
+    _disturb(encoder)
     return sam.eval().requires_grad_(False)
 
 
-def own(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
-    """fastvit's Sam with the weights of segment_anything's."""
+def own(sizes: dict[str, Any], like: nn.Module | None) -> nn.Module:
+    """fastvit's Sam with the weights of segment_anything's, or with random ones where there is none."""
     from fastvit.models import sam
 
+    torch.manual_seed(0)
     model = sam.build_sam(
         image_size=sizes["image"],
         patch_size=PATCH,
@@ -78,8 +78,18 @@ def own(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
         window_size=sizes["window"],
         prompt_dim=sizes["prompt_dim"],
     )
-    model.load_state_dict(like.state_dict())
-    return model.requires_grad_(False)
+    if like is None:
+        _disturb(model.image_encoder)
+    else:
+        model.load_state_dict(like.state_dict())
+    return model.eval().requires_grad_(False)
+
+
+def _disturb(encoder: nn.Module) -> None:
+    """Positions begin at zero, where some implementations could save themselves the work."""
+    for name, parameter in encoder.named_parameters():
+        if "rel_pos" in name or "pos_embed" in name:
+            nn.init.normal_(parameter, std=0.02)
 
 
 def transformers_encoder(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
@@ -182,51 +192,81 @@ def gflop(name: str, settings: Settings) -> float:
     return floors.sam_encoder_flops(**counted, side=sizes["image"] // PATCH, out=sizes["prompt_dim"]) / 1e9
 
 
-def _begin(name: str, row: results.Row, settings: Settings) -> tuple[Any, Any, Tensor]:
-    row["gflop"] = row["shape"][0] * gflop(name, settings)
-    row["floor_ms"] = settings.floor_ms(row["gflop"])
-    sizes = sizes_of(name, settings)
-    theirs = original(sizes)
-    mine = own(sizes, theirs).to(settings.device)
-    return theirs.to(settings.device), mine, torch.randn(row["shape"], device=settings.device)
+class Subject:
+    """Both models on the device in float32, the images, and the exact result of what ``run`` makes of a model.
+
+    segment_anything is a peer like others: without it our own model on the torch backend says what is exact.
+    """
+
+    def __init__(self, name: str, row: results.Row, settings: Settings, run: Callable[[Any], Callable[[Tensor], Tensor]]):
+        row["gflop"] = row["shape"][0] * gflop(name, settings)
+        row["floor_ms"] = settings.floor_ms(row["gflop"])
+        self.sizes, self.theirs, self.absent = sizes_of(name, settings), None, ""
+        try:
+            self.theirs = original(self.sizes).to(settings.device)
+        except ImportError as error:
+            self.absent = str(error)
+        self.mine = own(self.sizes, self.theirs).to(settings.device)
+        x = torch.randn(row["shape"], device=settings.device)
+        row["exact"] = "fastvit, torch backend" if self.theirs is None else "segment_anything"
+        with fastvit.use_backend("torch"):
+            whole = run(self.mine if self.theirs is None else self.theirs)
+            self.exact = torch.cat([contest.inference(whole, image)() for image in x.split(1)]).cpu()
+        for sam in (self.mine, self.theirs):
+            if sam is not None:
+                sam.image_encoder.to(torch.bfloat16)
+        self.x = x.to(torch.bfloat16)
+
+    def original(self) -> Any:
+        """segment_anything's model. Raises ``ImportError`` without that library."""
+        if self.theirs is None:
+            raise ImportError(self.absent)
+        return self.theirs
+
+    def call(self, encoder: Callable[[], Callable]) -> Callable[[], Callable[[], Tensor]]:
+        """What builds an inference call on the images, ``encoder`` being what builds the model."""
+        return lambda: contest.inference(encoder(), self.x)
 
 
 def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
-    theirs, mine, x = _begin(name, row, settings)
-    exact = torch.cat([contest.inference(theirs.image_encoder, image)() for image in x.split(1)]).cpu()
-    hf = transformers_encoder(sizes_of(name, settings), theirs.image_encoder).to(settings.device, torch.bfloat16)
-    encoder, mine, x = theirs.image_encoder.to(torch.bfloat16), mine.image_encoder.to(torch.bfloat16), x.to(torch.bfloat16)
-    accelerated = fastvit.accelerate(contest.twin(encoder))
-    calls = {"segment_anything": encoder, "transformers_sdpa": hf}
+    subject = Subject(name, row, settings, lambda sam: sam.image_encoder)
+    small = row["shape"][0] == 1
+
+    def hf() -> nn.Module:
+        return transformers_encoder(subject.sizes, subject.mine.image_encoder).to(settings.device, torch.bfloat16)
+
+    encoders: dict[str, Callable[[], Any]] = {
+        "segment_anything": lambda: subject.original().image_encoder,
+        "transformers_sdpa": hf,
+    }
     others: dict[str, Callable] = {}
-    for peer, model in calls.items():
-        call = contest.inference(model, x)
-        others[peer] = lambda call=call: call
-        others[f"{peer}_compile_max_autotune"] = lambda call=call: peers.compiled(call, "max-autotune-no-cudagraphs")
-    for way in ("bias_folded", "bias_folded_flash"):
-        others[way] = lambda way=way: contest.inference(by_way(encoder, WAYS[way]), x)
-    others["flex_compile"] = lambda: peers.compiled(contest.inference(by_way(encoder, WAYS["flex"]), x))
-    ours = contest.variants("fastvit", contest.inference(mine, x), small=len(x) == 1)
-    ours["accelerated"] = lambda: contest.inference(accelerated, x)
-    contest.run(row, settings, exact, others, ours)
+    for peer, build in encoders.items():
+        others |= contest.variants(peer, subject.call(build), small, max_autotune=True)
+    for way in ("bias_folded", "bias_folded_flash", "flex"):
+        build = functools.partial(lambda way: by_way(subject.original().image_encoder, WAYS[way]), way)
+        others |= contest.variants(way, subject.call(build), small)
+    for uncompiled in ("flex", "flex_graph"):  # it would write out the whole scores
+        others.pop(uncompiled, None)
+    ours = contest.variants("fastvit", subject.call(lambda: subject.mine.image_encoder), small)
+    if subject.theirs is not None:
+        ours["accelerated"] = subject.call(lambda: fastvit.accelerate(contest.twin(subject.theirs.image_encoder)))
+    contest.run(row, settings, subject.exact, others, ours)
 
 
 def run_prompt(name: str, row: results.Row, settings: Settings) -> None:
-    theirs, mine, x = _begin(name, row, settings)
-    exact = contest.inference(encode_and_decode(theirs, theirs.image_encoder), x)().cpu()
-    for sam in (theirs, mine):
-        sam.image_encoder.to(torch.bfloat16)
-    x = x.to(torch.bfloat16)
-    row["floor_ms"] = settings.floor_ms(row["gflop"])  # the encoder's: the decoder's FLOPs are of no account beside it
-    whole = contest.inference(encode_and_decode(theirs, theirs.image_encoder), x)
+    subject = Subject(name, row, settings, lambda sam: encode_and_decode(sam, sam.image_encoder))
+    mine = subject.mine
+
+    def theirs(mode: str | None = None) -> Callable[[Tensor], Tensor]:
+        sam = subject.original()
+        return encode_and_decode(sam, peers.compiled(sam.image_encoder, mode) if mode else sam.image_encoder)
+
     others = {
-        "segment_anything": lambda: whole,
-        "segment_anything_compile_max_autotune": lambda: contest.inference(
-            encode_and_decode(theirs, peers.compiled(theirs.image_encoder, "max-autotune-no-cudagraphs")), x
-        ),
+        "segment_anything": subject.call(theirs),
+        "segment_anything_compile_max_autotune": subject.call(lambda: theirs("max-autotune-no-cudagraphs")),
     }
     ours = {
-        "fastvit": lambda: contest.inference(encode_and_decode(mine, mine.image_encoder), x),
-        "fastvit_compile": lambda: contest.inference(encode_and_decode(mine, peers.compiled(mine.image_encoder)), x),
+        "fastvit": subject.call(lambda: encode_and_decode(mine, mine.image_encoder)),
+        "fastvit_compile": subject.call(lambda: encode_and_decode(mine, peers.compiled(mine.image_encoder))),
     }
-    contest.run(row, settings, exact, others, ours)
+    contest.run(row, settings, subject.exact, others, ours)

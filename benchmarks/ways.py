@@ -4,6 +4,8 @@ Each is ``way(query, key, value, rel_h, rel_w, scale)`` on (B, H, N, D), (B, H, 
 Kh·Kw = M (the bias: Li et al. 2021, MViTv2, eq. 4), and gives (B, H, N, D).
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,14 @@ def dense(query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tenso
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
 
+@functools.lru_cache(maxsize=8)
+def _places(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows·columns, rows + columns): the one-hot row and column of every key, made once."""
+    position = torch.arange(rows * columns, device=device)
+    places = [F.one_hot(position // columns, rows), F.one_hot(position % columns, columns)]
+    return torch.cat(places, dim=-1).to(dtype)
+
+
 def folded(
     query: Tensor, key: Tensor, value: Tensor, rel_h: Tensor, rel_w: Tensor, scale: float, pad_value: bool = False
 ) -> Tensor:
@@ -24,9 +34,7 @@ def folded(
     need as wide as the keys.
     """
     rows, columns = rel_h.shape[-1], rel_w.shape[-1]
-    position = torch.arange(rows * columns, device=key.device)
-    places = [F.one_hot(position // columns, rows), F.one_hot(position % columns, columns)]
-    one_hot = torch.cat(places, dim=-1).to(key.dtype).expand(*key.shape[:2], -1, -1)
+    one_hot = _places(rows, columns, key.dtype, key.device).expand(*key.shape[:2], -1, -1)
     fill = -(query.shape[-1] + rows + columns) % 8
     query = F.pad(torch.cat([query * scale, rel_h, rel_w], dim=-1), (0, fill))
     key = F.pad(torch.cat([key, one_hot], dim=-1), (0, fill))

@@ -1,5 +1,6 @@
 """The benchmark instrument where there is no GPU: its arithmetic, its rows, and that a wrong kernel gets no time."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -7,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +26,10 @@ from benchmarks import (
     peers,
     problems,
     results,
+    sam,
     show,
     suite,
+    ways,
 )
 from benchmarks.settings import Settings
 from fastvit import functional, reference
@@ -203,6 +207,113 @@ def test_a_failing_kernel_keeps_its_reason(monkeypatch):
 )
 def test_errors_after_which_nothing_runs(text, sticky):
     assert results.is_sticky(text) == sticky
+
+
+class FakeStream(str):
+    def wait_stream(self, other):
+        pass
+
+
+class FakeGpu:
+    """What ``measure`` asks of ``torch.cuda``: a current stream, memory, and graphs, of which a capture may fail at its end."""
+
+    def __init__(self, patch, refuses):
+        self.stream, self.refuses, self.peak, self.clock = FakeStream("default"), refuses, 0, 0.0
+        fakes = {
+            "synchronize": lambda: None,
+            "reset_peak_memory_stats": lambda: setattr(self, "peak", 0),
+            "memory_allocated": lambda: 0,
+            "max_memory_allocated": lambda: self.peak,
+            "current_stream": lambda: self.stream,
+            "default_stream": lambda: "default",
+            "set_stream": lambda stream: setattr(self, "stream", stream),
+            "Stream": lambda: FakeStream("side"),
+            "stream": self.entered,
+            "graph": self.capture,
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: setattr(self, "clock", self.clock + 1.0)),
+            "Event": self.event,
+        }
+        for name, fake in fakes.items():
+            patch.setattr(torch.cuda, name, fake)
+
+    @contextlib.contextmanager
+    def entered(self, stream):
+        before, self.stream = self.stream, stream
+        yield
+        self.stream = before
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream=None):
+        before, self.stream = self.stream, FakeStream(stream or "capturing")
+        yield
+        if self.refuses:  # as PyTorch's: the stream stays
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing")
+        self.stream = before
+
+    def event(self, enable_timing):
+        made = SimpleNamespace(at=0.0, elapsed_time=lambda end: end.at - made.at)
+        made.record = lambda: setattr(made, "at", self.clock)
+        return made
+
+    def call(self):
+        self.clock += 0.125
+        self.peak = max(self.peak, 3 << 20)
+
+
+@pytest.mark.parametrize(("refuses", "timed"), [(False, "replay"), (True, "events")])
+def test_what_cannot_be_captured_is_timed_by_events_and_says_so(refuses, timed, monkeypatch):
+    gpu = FakeGpu(monkeypatch, refuses)
+    timing = measure.measure([gpu.call])
+    assert (timing.timed, timing.events_ms, timing.peak_mb) == (timed, 0.125, 3.0)
+    assert timing.ms == (0.125 if refuses else pytest.approx(1 / 20))
+    assert gpu.stream == "default"
+
+
+def test_a_graph_has_the_memory_of_its_capture(monkeypatch):
+    gpu = FakeGpu(monkeypatch, refuses=False)
+    timing = measure.measure([measure.graphed(gpu.call)], graphs=False)
+    assert (timing.timed, timing.peak_mb) == ("replay", 3.0)
+    gpu.refuses = True
+    with pytest.raises(RuntimeError, match="capturing"):
+        measure.graphed(gpu.call)
+    assert gpu.stream == "default"
+
+
+def test_sam_is_measured_without_other_libraries(monkeypatch):
+    """Ours gets its time, checked against its own definition; the peers say what they lack."""
+
+    def absent(*args):
+        raise ModuleNotFoundError("No module named 'x'")
+
+    monkeypatch.setattr(sam, "original", absent)
+    monkeypatch.setattr(sam, "transformers_encoder", absent)
+    for task in list(sam.tasks(DRY))[:3:2]:
+        task.measure(task.row, DRY)
+        assert "error" not in task.row
+        assert task.row["ours_ms"] > 0
+        assert task.row["exact"] == "fastvit, torch backend"
+        assert "No module named 'x'" in task.row["unavailable"]["segment_anything"]
+
+
+def test_compiling_that_fails_leaves_our_first_call(monkeypatch):
+    def ran(command, **named):
+        failed = "compile" in command
+        return SimpleNamespace(returncode=int(failed), stderr="no compiler", stdout='{"first_ms": 2.0, "second_ms": 1.0}')
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    (task,) = first_call.tasks(DRY)
+    task.measure(task.row, Settings("cpu", CEILINGS))
+    assert task.row["ours_ms"] == 2.0
+    assert task.row["unavailable"]["compile"] == "RuntimeError: no compiler"
+
+
+def test_one_hot_places_are_made_once_and_fold_to_the_same():
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    rel = torch.randn(1, 2, 6, 2), torch.randn(1, 2, 6, 3)
+    expected = ways.dense(q, k, v, *rel, 0.3)
+    for way in (ways.folded, ways.folded_flash):
+        torch.testing.assert_close(way(q, k, v, *rel, 0.3), expected)
+    assert ways._places(2, 3, k.dtype, k.device) is ways._places(2, 3, k.dtype, k.device)
 
 
 def test_replays_are_compared_with_replays():
