@@ -360,6 +360,7 @@ def test_ctrl_c_is_one_line_and_a_rerun_goes_on(command, folder, weights):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(root)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it, and pass that on
     )
     assert process.stdout.readline().endswith("3 masks written to out/a\n")
     assert process.stdout.readline() == "waiting\n"

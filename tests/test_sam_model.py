@@ -228,17 +228,18 @@ def test_the_encoder_compiles_whole(train):
 
 def test_in_inference_sums_are_written_over_their_branches():
     ours, _ = encoders()
-    operators = []
+    sums = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            operators.append(str(func))
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if str(func) in ("aten.add_.Tensor", "aten.add.Tensor") and result.shape[1:] == ours.pos_embed.shape[1:]:
+                sums.append(str(func))
+            return result
 
     with torch.no_grad(), fastvit.use_backend("torch"), Record():
         ours(images())
-    assert operators.count("aten.add_.Tensor") == 2 * 3
-    assert operators.count("aten.add.Tensor") == 1  # positions
+    assert sums == ["aten.add.Tensor"] + ["aten.add_.Tensor"] * 2 * 3  # positions first
 
 
 @pytest.mark.parametrize(
