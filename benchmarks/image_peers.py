@@ -4,6 +4,7 @@ segment_anything's and transformers' own attention modules run with their two pr
 operator begins after the one and ends before the other. Windows are cut out, padded and joined as those libraries do.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 
@@ -57,9 +58,13 @@ def by_way(way: Callable, qkv, *, num_heads, rel_pos_h, rel_pos_w, window_size=0
 
 
 def by_module(module: nn.Module, qkv, *, num_heads, rel_pos_h, rel_pos_w, window_size=0, pad_qkv=None) -> Tensor:
-    """A library's own attention module, its tables replaced by those given."""
+    """A library's own attention module, its tables replaced by those given.
+
+    The indices that it makes at every call are made on the GPU, where they need no copy that a CUDA graph could not capture.
+    """
     tables = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w}
-    windows = torch.func.functional_call(module, tables, (partition(qkv, window_size, pad_qkv),))
+    with qkv.device if qkv.is_cuda else contextlib.nullcontext():
+        windows = torch.func.functional_call(module, tables, (partition(qkv, window_size, pad_qkv),))
     return join(windows[0] if isinstance(windows, tuple) else windows, window_size, qkv)
 
 

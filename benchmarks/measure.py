@@ -20,6 +20,7 @@ import torch
 WARM_UP = 5
 GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
 MOST_ROUNDS = 50
+GPU = torch.device("cuda")
 
 Call = Callable[[], object]
 
@@ -147,12 +148,11 @@ def side_stream() -> Iterator[None]:
 def _capturing(graph: "torch.cuda.CUDAGraph") -> Iterator[None]:
     """Capture on the current stream (on one of its own where that is the default one), which is current again afterwards.
 
-    PyTorch's own context leaves its stream current where the end of the capture fails. Indices that a library makes on the CPU
-    at every call, as SAM's do for relative positions, are made on the GPU here: a copy from the CPU cannot be captured.
+    PyTorch's own context leaves its stream current where the end of the capture fails.
     """
     before = torch.cuda.current_stream()
     try:
-        with torch.device("cuda"), torch.cuda.graph(graph, stream=None if before == torch.cuda.default_stream() else before):
+        with torch.cuda.graph(graph, stream=None if before == torch.cuda.default_stream() else before):
             yield
     finally:
         torch.cuda.set_stream(before)
@@ -202,14 +202,18 @@ class Replay:
 
 
 def graphed(call: Call) -> Replay:
-    """The call as one CUDA graph. Raises where it cannot be captured."""
-    with side_stream(), torch.device("cuda"):  # what is compiled is compiled for the capture
+    """The call as one CUDA graph. Raises where it cannot be captured.
+
+    Indices that a library makes on the CPU at every call, as SAM's do for relative positions, are made on the GPU here: a copy
+    from the CPU cannot be captured. So it is while warming up, when what is compiled is compiled.
+    """
+    with side_stream(), GPU:
         for _ in range(3):
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with _capturing(graph):
+    with GPU, _capturing(graph):
         result = call()
     return Replay(graph, result, (torch.cuda.max_memory_allocated() - before) / 2**20)

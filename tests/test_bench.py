@@ -224,6 +224,15 @@ def test_a_peer_that_broke_the_device_is_left_out_of_the_next_run(tmp_path, monk
     assert all(map(results.is_complete, result["rows"]))
 
 
+def test_a_broken_device_fails_the_run(tmp_path, monkeypatch):
+    done = {"rows": [_row("a", 1.0)], "broken": "linear a: sdpa: CUDA error: misaligned address"}
+    monkeypatch.setattr(installed_suite, "run", lambda job, say: (done, None))
+    code, _, error = call(*ONE, "--out", tmp_path)
+    assert code == 1
+    assert "left unusable by linear a: sdpa" in error
+    assert error.count("\n") == 1
+
+
 def test_a_changed_tree_is_another_commit(tmp_path, monkeypatch):
     """Rows are reused by commit, so what is not committed is part of its name."""
     monkeypatch.delenv("FASTVIT_COMMIT", raising=False)

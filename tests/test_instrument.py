@@ -233,6 +233,7 @@ class FakeGpu:
             "CUDAGraph": lambda: SimpleNamespace(replay=lambda: setattr(self, "clock", self.clock + 1.0)),
             "Event": self.event,
         }
+        patch.setattr(measure, "GPU", torch.device("cpu"))
         for name, fake in fakes.items():
             patch.setattr(torch.cuda, name, fake)
 
@@ -271,7 +272,15 @@ def test_what_cannot_be_captured_is_timed_by_events_and_says_so(refuses, timed, 
 
 def test_a_graph_has_the_memory_of_its_capture(monkeypatch):
     gpu = FakeGpu(monkeypatch, refuses=False)
-    timing = measure.measure([measure.graphed(gpu.call)], graphs=False)
+    monkeypatch.setattr(measure, "GPU", torch.device("meta"))
+    places = []  # where indices land that a library makes at every call
+
+    def call():
+        places.append(torch.arange(2).device.type)
+        gpu.call()
+
+    timing = measure.measure([measure.graphed(call)], graphs=False)
+    assert set(places) == {"meta"}
     assert (timing.timed, timing.peak_mb) == ("replay", 3.0)
     gpu.refuses = True
     with pytest.raises(RuntimeError, match="capturing"):
