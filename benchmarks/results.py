@@ -129,7 +129,8 @@ def commit() -> str:
     if os.environ.get("FASTVIT_COMMIT"):
         return os.environ["FASTVIT_COMMIT"]
     if output_of("git", "rev-parse", "--show-toplevel") != str(ROOT):
-        return f"v{fastvit.__version__}-{_hash(sorted(Path(fastvit.__file__).parent.rglob('*.py')))}"
+        installed = sorted(path for path in Path(fastvit.__file__).parent.rglob("*") if path.suffix in (".py", ".json"))
+        return f"v{fastvit.__version__}-{_hash(installed)}"
     changed = output_of("git", "diff", "--name-only", "HEAD", "--", *SOURCES).splitlines()
     changed += output_of("git", "ls-files", "--others", "--exclude-standard", "--", *SOURCES).splitlines()
     dirty = f"+dirty-{_hash([ROOT / name for name in sorted(changed)])}" if changed else ""

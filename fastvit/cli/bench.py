@@ -50,6 +50,8 @@ def bench(
         raise UserError(str(error)) from error
     if older is not None:
         older["rows"] = [row for row in older["rows"] if job.matches(row)]
+        kinds = {row["op"] for row in measured}  # what other parts hold was not to be measured
+        older["rows"] = [row for row in older["rows"] if row["op"] in kinds]
         losses, notes, compared = results.compare(older, result)
         rule = "time over eager's of the same run" if target == "cpu" else "time"
         say(console, f"{compared} compared by {rule}: a loss is over 5 % more, beyond both spreads")
