@@ -2,17 +2,17 @@
 
 A candidate that does not compile, spills, asks for more shared memory than there is, or errs, gets its reason and no time. Every
 result is appended to a log at once, and what the log holds is not done again: a run that a deadline (or a kernel that broke
-the device) ended goes on where it was. The table is written from the whole log, in the format of ``kernels/tables``.
+the device) ended goes on where it was. A compiler that aborts or hangs is a result too: it works in a process of its own.
+The table is written from the whole log, in the format of ``kernels/tables``.
 """
 
 import fnmatch
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from fastvit.kernels._launch import Launch, record
 
 import fastvit
 
-from . import accuracy, candidates, cases, launch_tables, measure, operators, peers, results
+from . import accuracy, candidates, cases, launch_tables, measure, operators, peers, results, workers
+from .tuning_log import Log
 
 BUDGET_S = 0.1  # of timing a candidate
+COMPILE_S = 120.0  # a candidate's kernels take a few seconds; one that takes longer than this is stuck
 DIRECTIONS = ("forward", "backward")
-STICKY = ("CUDA error", "AcceleratorError", "HIP error")  # after these a process can launch nothing more
 
 
 class Broken(Exception):
-    """A candidate has left the device unusable for this process; its reason is in the log."""
+    """The device is unusable for this process; where a candidate did that, its reason is in the log."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ def subjects(pattern: str = "*") -> list[Subject]:
 
 @dataclass
 class Bench:
-    """A subject's inputs and exact result on the device."""
+    """A subject's inputs on the device; its exact result once ``prepare`` was called."""
 
     subject: Subject
     device: str
+    exact: list[torch.Tensor] | None = None
+    standard: list[accuracy.Error] | None = None
 
     def __post_init__(self) -> None:
         case, direction = self.subject.case, self.subject.direction
@@ -68,15 +71,29 @@ class Bench:
         cache = torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else 0
         count = cases.sets_beyond_cache(case, element, cache)
         self.sets = [case.inputs(self.dtype, self.device, direction != "forward") for _ in range(count)]
-        self.ours, exact, _ = peers.contestants(case)
-        with torch.no_grad():
-            self.upstream = tuple(torch.randn_like(out) for out in operators.outputs(exact(**self.sets[0])))
+        self.ours, self.reference, self.competing = peers.contestants(case)
+        with torch.no_grad(), fastvit.use_backend("triton"):
+            self.upstream = tuple(torch.randn_like(out) for out in operators.outputs(self.ours(**self.sets[0])))
+
+    def prepare(self) -> None:
+        """What a candidate is held to: the float64 result, and eager's errors where eager serves. Raises ``Broken``."""
+        if self.exact is not None:
+            return
         doubles = tuple(tensor.double() for tensor in self.upstream)
-        self.exact = [t.cpu() for t in operators.evaluate(exact, operators.double(self.sets[0]), doubles, direction)]
+        exact = operators.evaluate(self.reference, operators.double(self.sets[0]), doubles, self.subject.direction)
+        self.exact = [t.cpu() for t in exact]
+        try:
+            self.standard = accuracy.errors(self._result_of(self.competing["eager"].build()), self.exact)
+        except Exception as error:  # without eager, the dtype sets how much may be erred
+            if results.is_sticky(results.describe(error)):
+                raise Broken(f"eager PyTorch, {self.subject.name}: {results.describe(error)}") from error
+
+    def _result_of(self, function: Callable) -> list[torch.Tensor]:
+        return [t.cpu() for t in operators.evaluate(function, self.sets[0], self.upstream, self.subject.direction)]
 
     def run(self) -> list[torch.Tensor]:
         with fastvit.use_backend("triton"):
-            return [t.cpu() for t in operators.evaluate(self.ours, self.sets[0], self.upstream, self.subject.direction)]
+            return self._result_of(self.ours)
 
     def asked(self) -> list[tuple[str, dict[str, int]]]:
         """The operators of this direction and the shape numbers that their configs go by."""
@@ -89,7 +106,8 @@ class Bench:
         return [entry for entry in both if entry not in forward]
 
     def check(self) -> None:
-        accuracy.check("the candidate", self.run(), self.exact, self.dtype)
+        self.prepare()
+        accuracy.check("the candidate", self.run(), self.exact or [], self.dtype, self.standard)
 
     def time(self) -> measure.Timing:
         with fastvit.use_backend("triton"):
@@ -115,58 +133,20 @@ def inspect(subject: Subject, op: str, config: dict[str, int], target: str, limi
 
     found: dict[str, Any] = {"reason": None, "registers": 0, "stack": 0, "shared": 0}
     try:
-        made = launches(subject, op, config, target, "cuda")
+        for launch in launches(subject, op, config, target, "cuda"):
+            job = compilation.Job(launch, *compilation.specialize(launch, target), asked_by=[subject.name])
+            report = compilation.compile_job(job, target)
+            for name in ("registers", "stack", "shared"):
+                found[name] = max(found[name], getattr(report, name))
+            wrong = inspection.problems(report, limit, [])
+            if wrong and found["reason"] is None:
+                found["reason"] = wrong[0].removeprefix(report.name).strip()
     except Exception as error:  # a config that a launcher cannot use is a result too
         return found | {"reason": results.describe(error)}
-    for launch in made:
-        job = compilation.Job(launch, *compilation.specialize(launch, target), asked_by=[subject.name])
-        report = compilation.compile_job(job, target)
-        for name in ("registers", "stack", "shared"):
-            found[name] = max(found[name], getattr(report, name))
-        wrong = inspection.problems(report, limit, [])
-        if wrong and found["reason"] is None:
-            found["reason"] = wrong[0].removeprefix(report.name).strip()
     return found
 
 
-@dataclass
-class Log:
-    """The measurements of one GPU and Triton, a line each, on disk as soon as they are made."""
-
-    path: Path
-    about: dict[str, Any]
-    entries: list[dict[str, Any]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.path.exists():
-            self._append(self.about)
-            return
-        try:
-            lines = [json.loads(line) for line in self.path.read_text().splitlines()]
-            header, self.entries = lines[0], lines[1:]
-            [(entry["op"], entry["shape"], entry["config"], entry["ms"]) for entry in self.entries]
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(f"{self.path}: is not a tuning log; give another --out") from None
-        for key in ("target", "gpu", "triton"):
-            if header.get(key) != self.about[key]:
-                raise ValueError(
-                    f"{self.path}: was measured with {key} {header.get(key)}, this is {self.about[key]}; give another --out"
-                )
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        self._append(entry)
-
-    def of(self, op: str, shape: dict[str, int]) -> list[dict[str, Any]]:
-        return [entry for entry in self.entries if (entry["op"], entry["shape"]) == (op, shape)]
-
-
-Inspect = Callable[[Subject, str, list[dict[str, int]]], Iterator[dict[str, Any]]]
+Inspect = Callable[[Subject, str, list[dict[str, int]], float], Iterator[dict[str, Any] | None]]
 
 
 def run(
@@ -183,7 +163,8 @@ def run(
 ) -> bool:
     """Measures what the log does not hold, until ``minutes`` are over; whether everything has been measured.
 
-    ``inspect_all`` gives ``inspect``'s answer for each of the configs. Raises ``Broken`` after a candidate that broke the device.
+    ``inspect_all`` gives ``inspect``'s answer for each of the configs, or None after the seconds that it is given. Raises
+    ``Broken`` after a candidate that broke the device.
     """
     end = clock() + 60 * minutes
     begun: set[str] = set()
@@ -199,12 +180,14 @@ def run(
             committed = _tuning.config(name, target, **shape)
             done = [entry["config"] for entry in log.of(name, shape)]
             todo = [config for config in candidates.grid(committed) if config not in done]
-            for config, found in zip(todo, inspect_all(subject, name, todo), strict=True):
-                if clock() > end:
+            for config, found in zip(todo, inspect_all(subject, name, todo, end - clock()), strict=True):
+                if found is None or clock() > end:
                     return False
+                if found["reason"] is None:
+                    bench.prepare()
                 entry = _measure(bench, name, config, found)
                 log.add({"op": name, "shape": shape, "config": config, "case": subject.name, "committed": committed} | entry)
-                if entry["reason"] and any(word in entry["reason"] for word in STICKY):
+                if entry["reason"] and results.is_sticky(entry["reason"]):
                     raise Broken(f"{name} {config}: {entry['reason']}")
             best = candidates.winner(log.of(name, shape), committed)
             fate = "no candidate passes" if best is None else f"{best['ms']:.4f} ms with {best['config']}"
@@ -225,15 +208,26 @@ def _measure(bench: Any, op: str, config: dict[str, int], found: dict[str, Any])
     return found | {"ms": timing and timing.ms, "spread": timing and timing.spread}
 
 
-def inspecting(target: str, limit: int, processes: int) -> tuple[ProcessPoolExecutor, Inspect]:
-    """Compiles ahead of the measurements in processes of their own; Triton's cache hands the result over."""
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+def inspecting(
+    target: str, limit: int, processes: int, work: Callable = inspect, compile_s: float = COMPILE_S
+) -> tuple[workers.Workers, Inspect]:
+    """Compiles ahead of the measurements in processes of their own; Triton's cache hands the result over.
 
-    def inspect_all(subject: Subject, op: str, configs: list[dict[str, int]]) -> Iterator[dict[str, Any]]:
-        pending = [pool.submit(inspect, subject, op, config, target, limit) for config in configs]
+    A candidate whose compilation aborts, or takes longer than ``compile_s``, gets that for its reason.
+    """
+    pool = workers.Workers(processes, work, compile_s)
+
+    def inspect_all(subject: Subject, op: str, configs: list[dict[str, int]], seconds: float) -> Iterator[dict | None]:
+        end = time.monotonic() + seconds
+        pending = [pool.submit(subject, op, config, target, limit) for config in configs]
         try:
             for future in pending:
-                yield future.result()
+                try:
+                    yield future.result(max(0.0, end - time.monotonic()))
+                except workers.Lost as lost:
+                    yield {"reason": f"its compilation {lost}", "registers": 0, "stack": 0, "shared": 0}
+                except NotYet:
+                    yield None
         finally:
             for future in pending:
                 future.cancel()

@@ -1,6 +1,9 @@
 """Reading machine code and comparing it with what is committed, on texts written by hand: nothing is compiled."""
 
 import json
+import os
+
+import pytest
 
 from benchmarks.static import machine_code, snapshot
 
@@ -103,3 +106,26 @@ def test_a_snapshot_is_a_row_a_line():
     assert '"registers": 128' in line
     assert '"loop": {"instructions": 50, "exp2": 16}' in line
     assert "stack" not in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--op", "nosuch"], "--op: got nosuch, expected a part of one of activation_backward, "),
+        (["--share", "a/b"], "--share: got a/b, expected K/N"),
+        (["--share", "0/2"], "--share: got 0/2, expected K/N"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_2(monkeypatch, capsys, arguments, words):
+    from benchmarks.static import inspection  # noqa: F401  kernels are imported before the interpreter is switched off
+
+    for name in ("TRITON_INTERPRET", "FASTVIT_TABLES"):  # the command's module takes them out of the environment
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    from benchmarks.static import __main__ as command
+
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastvit.kernels import _tuning
 
-from benchmarks import candidates, cases, measure, tune
+from benchmarks import accuracy, candidates, cases, measure, operators, tune
 
 ABOUT = {
     "target": "interpreter", "gpu": "none", "driver": "none", "commit": "abc", "date": "today", "torch": "2", "triton": "3",
@@ -96,7 +96,7 @@ def grid(monkeypatch):
 
 
 def _inspect_all(grid, seen):
-    def inspect_all(subject, op, configs):
+    def inspect_all(subject, op, configs, seconds):
         for config in configs:
             seen.append(config)
             reason = {2: "spills: 64 bytes of stack", 3: "takes 300000 bytes of shared memory of 1"}.get(grid.index(config))
@@ -129,7 +129,7 @@ def test_only_right_candidates_that_fit_are_timed(grid, tmp_path):
 
 def test_what_was_measured_is_not_measured_again(grid, tmp_path):
     log, seen = tune.Log(tmp_path / "log.jsonl", ABOUT), []
-    times = iter([0, 0, 0, 0, 61])  # the deadline passes after two candidates
+    times = iter([0, 0, 0, 0, 0, 61])  # the deadline passes after two candidates
     complete, _ = _run(log, grid, seen, minutes=1, clock=lambda: next(times))
     assert not complete
     assert len(log.entries) == 2
@@ -144,14 +144,92 @@ def test_a_log_of_another_gpu_is_refused(tmp_path):
     tune.Log(tmp_path / "log.jsonl", ABOUT)
     with pytest.raises(ValueError, match="was measured with gpu none, this is other"):
         tune.Log(tmp_path / "log.jsonl", ABOUT | {"gpu": "other"})
-    (tmp_path / "log.jsonl").write_text("{}\n[1]\n")
+
+
+@pytest.mark.parametrize("key", ["commit", "torch", "triton", "driver"])
+def test_a_log_of_other_software_is_refused_in_a_line_that_says_what_to_do(tmp_path, key):
+    tune.Log(tmp_path / "log.jsonl", ABOUT)
+    with pytest.raises(ValueError, match=f"was measured with {key} .*, this is other; give another --out, or delete the file"):
+        tune.Log(tmp_path / "log.jsonl", ABOUT | {key: "other"})
+    assert tune.Log(tmp_path / "log.jsonl", ABOUT | {"date": "tomorrow"}).entries == []
+
+
+@pytest.mark.parametrize("text", ["{}\n[1]\n", "[1]\n", "a list\nof mine", "mine"])
+def test_a_file_that_is_no_log_is_refused_and_left_as_it_is(tmp_path, text):
+    (tmp_path / "log.jsonl").write_text(text)
     with pytest.raises(ValueError, match="is not a tuning log"):
         tune.Log(tmp_path / "log.jsonl", ABOUT)
+    assert (tmp_path / "log.jsonl").read_text() == text
 
 
-def test_a_candidate_that_breaks_the_device_ends_the_run_and_is_logged(grid, tmp_path, monkeypatch):
+@pytest.mark.parametrize("half", ['{"op": "linear", "sha', '{"op": "linear×'.encode()[:-1], '{"op": "lin\n'])
+def test_of_a_log_that_ends_in_half_a_line_the_rest_is_kept(grid, tmp_path, half):
+    log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+    _run(log, grid, [])
+    with log.path.open("ab") as file:
+        file.write(half if isinstance(half, bytes) else half.encode())
+    again = tune.Log(log.path, ABOUT)
+    assert again.dropped is not None
+    assert again.dropped.startswith('{"op": "lin')
+    assert again.entries == log.entries
+    again.add(log.entries[0])  # on a line of its own
+    assert tune.Log(log.path, ABOUT).entries == [*log.entries, log.entries[0]]
+    assert tune.Log(log.path, ABOUT).dropped is None
+
+
+def test_a_header_that_was_half_written_is_written_again(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"target": "inter')
+    assert tune.Log(tmp_path / "log.jsonl", ABOUT).dropped
+    assert tune.Log(tmp_path / "log.jsonl", ABOUT).dropped is None
+
+
+def test_the_float64_result_is_built_for_what_is_measured_alone(grid, tmp_path, monkeypatch):
+    built, double = [], operators.double
+    monkeypatch.setattr(operators, "double", lambda inputs: built.append(1) or double(inputs))
+    log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+    assert _run(log, grid, [], op="nosuch")[0]
+    assert built == []
+    assert _run(log, grid, [])[0]
+    assert built == [1]
+    assert _run(log, grid, [])[0]  # all of it is in the log
+    assert built == [1]
+
+
+def test_a_candidate_may_err_as_eager_does(monkeypatch):
+    bench = tune.Bench(SUBJECT, "cpu")
+    bench.check()
+    assert bench.standard is not None
+    monkeypatch.setattr(bench, "standard", [accuracy.Error(0.0, 0.0)])
+    with pytest.raises(accuracy.WrongResult):
+        bench.check()
+
+
+def test_a_compiler_that_aborts_or_hangs_is_a_result_and_the_next_is_compiled():
+    codes = ["7", "__import__('os').abort()", "8", "__import__('time').sleep(600)", "9"]
+    pool, inspect_all = tune.inspecting("sm_90", 0, 1, work=eval, compile_s=0.5)
+    submit = pool.submit
+    pool.submit = lambda subject, op, config, target, limit: submit(config["code"])
+    try:
+        found = list(inspect_all(SUBJECT, "linear", [{"code": code} for code in codes], 60.0))
+        assert [entry for entry in found if isinstance(entry, int)] == [7, 8, 9]
+        assert found[1]["reason"] == "its compilation ended with exit code -6"
+        assert found[3]["reason"] == "its compilation did not end within 0.5 s"
+        assert list(inspect_all(SUBJECT, "linear", [{"code": codes[3]}], 0.0)) == [None]
+    finally:
+        pool.close()
+
+
+def test_what_the_time_does_not_suffice_for_is_not_logged(grid, tmp_path):
+    log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+    late = lambda subject, op, configs, seconds: iter([None] * len(configs))  # noqa: E731
+    assert not tune.run([SUBJECT], "interpreter", log, print, late, op="linear", device="cpu", make_bench=FakeBench)
+    assert log.entries == []
+
+
+@pytest.mark.parametrize("kind", ["CUDA error:", "Triton Error [CUDA]:"])
+def test_a_candidate_that_breaks_the_device_ends_the_run_and_is_logged(grid, tmp_path, monkeypatch, kind):
     def broken(self):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        raise RuntimeError(f"{kind} an illegal memory access was encountered")
 
     monkeypatch.setattr(FakeBench, "time", broken)
     log = tune.Log(tmp_path / "log.jsonl", ABOUT)

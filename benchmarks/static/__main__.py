@@ -3,19 +3,20 @@
     python -m benchmarks.static --target sm_90 [--op attention] [--json] [--jobs 2]
     python -m benchmarks.static --target all --write        # rewrites benchmarks/snapshots and the tables' shared memory
 
-Exit status 1: a row that no shape reaches, or a kernel that spills, does not compile or lacks tensor cores.
+Exit status 1: a row that no shape reaches, or a kernel that spills, does not compile or lacks tensor cores; 2: wrong options.
 """
 
 import argparse
 import json
 import os
+import re
 import sys
 
 os.environ.pop("TRITON_INTERPRET", None)  # a Triton that interprets has nothing to compile
 os.environ.pop("FASTVIT_TABLES", None)  # the committed tables are inspected
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import triton
 from fastvit.kernels._tuning import TABLES, committed
@@ -71,16 +72,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--share", default="1/1", metavar="K/N", help="every N-th launch from the K-th on (default: %(default)s)")
     parser.add_argument("--write", action="store_true", help="rewrite the snapshot, and the shared memory in the table")
     options = parser.parse_args(arguments)
+
+    def refuse(why: str) -> NoReturn:
+        parser.exit(2, f"{parser.prog}: {why}\n")
+
     if options.write and (options.op or options.rows or options.share != "1/1"):
-        parser.error("--write needs every launch: leave out --op, --rows and --share")
+        refuse("--write needs every launch: leave out --op, --rows and --share")
     if options.write and triton.__version__ != snapshot.TRITON:
-        parser.error(f"--write: the snapshot is kept for Triton {snapshot.TRITON}, this is {triton.__version__}")
-    share = tuple(int(part) for part in options.share.split("/"))
-    if len(share) != 2 or not 1 <= share[0] <= share[1]:
-        parser.error(f"--share: got {options.share}, expected K/N with 1 ≤ K ≤ N")
+        refuse(f"--write: the snapshot is kept for Triton {snapshot.TRITON}, this is {triton.__version__}")
+    share = re.fullmatch(r"(\d{1,6})/(\d{1,6})", options.share)
+    first, every = map(int, share.groups()) if share else (0, 0)
+    if not 1 <= first <= every:
+        refuse(f"--share: got {options.share}, expected K/N with 1 ≤ K ≤ N")
+    targets = list(TARGETS) if options.target == "all" else [options.target]
+    ops = sorted({name for target in targets for name in committed(target)["ops"]})
+    if not any(options.op in name for name in ops):
+        refuse(f"--op: got {options.op}, expected a part of one of {', '.join(ops)}")
     status = 0
-    for target in TARGETS if options.target == "all" else [options.target]:
-        result = inspect(target, options.op, options.jobs, options.rows, share)
+    for target in targets:
+        result = inspect(target, options.op, options.jobs, options.rows, (first, every))
         if options.write:
             _write(result)
         if options.json:

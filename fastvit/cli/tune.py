@@ -45,11 +45,13 @@ def tune(
     try:
         with writing(path):
             log = tuner.Log(path.with_suffix(".log.jsonl"), tuner.about(target))
+            if log.dropped is not None:
+                say(console, f"{log.path}: its last line is half written, as by a run that was ended; dropped it")
             pool, inspect_all = tuner.inspecting(target, limit, tuner.processes())
             try:
                 complete = tuner.run(chosen, target, log, lambda line: say(console, line), inspect_all, op, minutes)
             finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.close()
                 tuner.write(log, path, limit)
     except ValueError as error:
         raise UserError(str(error)) from error
