@@ -11,7 +11,7 @@ from fastvit import functional, reference
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "triton_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned_memory", "triton_backend")]
 
 LIMIT = 320
 

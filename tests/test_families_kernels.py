@@ -13,7 +13,7 @@ SMALL = Size(32, 2, 2, 64, 16, 8)
 IN_THE_FAST_SUITE = ("timm_vit", "hf_dinov3", "torch_post_norm", "torch_cross_attention")
 SERVED = {"hf_siglip": 3, "torch_attention": 1, "torch_cross_attention": 1}
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("triton_backend")]
 
 
 def family(key: str, device: str):

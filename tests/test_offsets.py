@@ -13,7 +13,7 @@ from tests.errors import run
 STRIDE = 2**30
 ENTRIES = 3
 
-pytestmark = pytest.mark.usefixtures("triton_backend")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("triton_backend")]
 
 
 @pytest.fixture(autouse=True)
