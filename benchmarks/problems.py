@@ -5,6 +5,7 @@ tensors), ``inputs(dtype, device, requires_grad)``, ``small()`` (the same kind o
 (for a CPU: fewer images or heads). Multiply-adds count two. Backward of attention repeats the scores, then takes four products.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,7 @@ CPU_FLOPS = 4.5e9  # a forward pass of most cases on a CPU: some tens of millise
 
 
 @dataclass(frozen=True)
-class Problem:
+class Problem(ABC):
     """What all cases share; a case says ``work()`` in FLOPs and ``traffic()`` in elements, each of (forward, backward)."""
 
     name: str
@@ -24,11 +25,13 @@ class Problem:
     def options(self) -> dict[str, Any]:
         return {}
 
+    @abstractmethod
     def work(self) -> tuple[float, float]:
-        raise NotImplementedError
+        """FLOPs."""
 
+    @abstractmethod
     def traffic(self) -> tuple[float, float]:
-        raise NotImplementedError
+        """Elements read and written."""
 
     def flops(self, direction: str) -> float:
         return _of(self.work(), direction)
