@@ -294,7 +294,7 @@ def _plan(model: nn.Module, selected: dict[str, str | None], precision: str | Ac
     for name, module in model.named_modules():
         if any(name.startswith(f"{served}.") or not served for served in layouts):  # computed by the module around it
             continue
-        layout = find_layout(module)
+        layout = find_layout(module, own_blocks=precision is not None)
         if layout is None:
             continue
         reason = selected[name] or _why_not_swap(module) or (layout if isinstance(layout, str) else None)

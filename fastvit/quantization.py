@@ -18,7 +18,7 @@ from torch.utils import _pytree
 
 from . import reference_fp8
 from .integrations import fp8, swap
-from .integrations.parts import Layout, find_layout
+from .integrations.parts import PLAIN_LINEARS, Layout, find_layout
 from .verification import eager_where_compiled, evaluated, observed
 
 Part = tuple[str, str]  # (block name, "qkv" or "mlp")
@@ -81,7 +81,8 @@ def accuracy(
         model: any module with blocks that ``accelerate`` serves, accelerated or not, on any device.
         inputs: what the model is called with, several times: tensors, tuples of arguments, or dictionaries of keywords.
         min_cosine: the mean cosine of the features with and without FP8 that is to be reached.
-        features: from the model's output to the features (..., C); default: its first floating-point tensor.
+        features: from the model's output to the features (..., C); default: its first floating-point tensor, of which one of
+            four dimensions is an image's (B, C, H, W).
 
     Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, a ``min_cosine`` outside of 0 … 1, an output
     without a tensor, or a model without a block that FP8 can serve.
@@ -164,7 +165,7 @@ def _layouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout | str]]:
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in done):
             continue
-        layout: Any = find_layout(module)
+        layout: Any = find_layout(module, own_blocks=True)
         if layout is not None:
             done.append(name)
             yield name, module, layout
@@ -188,7 +189,7 @@ def _all_linears(model: nn.Module, paths: Paths) -> Iterator[tuple[str, str]]:
     """(block, path) of every linear of the blocks that have parts, those that always stay included."""
     for name in dict.fromkeys(name for name, _ in paths):
         for path, module in model.get_submodule(name).named_modules():
-            if type(module) is nn.Linear:
+            if type(module) in PLAIN_LINEARS:
                 yield name, path
 
 
@@ -226,7 +227,7 @@ def _features(output: Any, features: Callable | None) -> Tensor:
     tensors = [t for t in _pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point() and t.dim()]
     if not tensors:
         raise ValueError("the model's output holds no floating-point tensor; say with features= where its features are")
-    return tensors[0]
+    return tensors[0].movedim(1, -1) if tensors[0].dim() == 4 else tensors[0]
 
 
 def _cosine(actual: Tensor, exact: Tensor) -> Tensor:

@@ -12,7 +12,9 @@ from fastvit import quantization
 from fastvit.integrations import swap
 from fastvit.ops import fp8
 from tests.conftest import ON_GPU
-from tests.models_for_acceleration import MODELS, hf_dinov2, hf_dinov2_swiglu, image, tensor_of, timm_vit
+from tests.models_for_acceleration import MODELS, hf_dinov2, hf_dinov2_swiglu, image, perturb, tensor_of, timm_vit
+from tests.small_sam import SIDE, own_sam, small_sam
+from tests.test_sam_accelerate import encoder
 
 if ON_GPU and (_reason := fp8.why_not(torch.device("cuda"))):
     pytest.skip(_reason, allow_module_level=True)
@@ -38,6 +40,54 @@ def test_a_served_model_computes_what_is_simulated(device, name):
     assert rounding > 1e-3 * exact.norm(), "nothing was rounded to FP8"
     assert (out - expected).norm() < 0.35 * rounding
     assert torch.equal(tensor_of(fastvit.restore(model)(x)), exact)
+
+
+def _own_vit():
+    from fastvit.models import VisionTransformer
+
+    sizes = {"dim": 48, "depth": 1, "num_heads": 3, "mlp_dim": 96}
+    return perturb(VisionTransformer(image_size=24, patch_size=8, num_classes=5, **sizes)), image()
+
+
+ENCODERS = {
+    "fastvit's Sam": lambda: (own_sam(small_sam()).image_encoder, torch.randn(1, 3, SIDE, SIDE)),
+    "fastvit's ViT": _own_vit,
+    "segment_anything": lambda: (encoder("segment_anything", depth=2), image(1, 72)),
+    "hf": lambda: (encoder("hf_sdpa", num_hidden_layers=2), image(1, 72)),
+    "hf_hq": lambda: (encoder("hf_hq", num_hidden_layers=2), image(1, 72)),
+    "timm": lambda: (encoder("timm", depth=2), image(1, 72)),
+}
+
+
+@pytest.mark.parametrize("name", [k if k[0] == "f" else pytest.param(k, marks=pytest.mark.slow) for k in ENCODERS])
+@torch.no_grad()
+def test_blocks_on_images_and_blocks_of_ones_own(device, name):
+    """Windows that do not fill the grid, a global block, and blocks that are fused without ``accelerate``."""
+    model, x = ENCODERS[name]()
+    model, x = model.to(device), x.to(device)
+    exact = tensor_of(model(x))
+    with quantization.simulated(model):
+        expected = tensor_of(model(x))
+    report = fastvit.report(_in_fp8(model, device))
+    assert not report.skipped
+    assert all(text.endswith("; in FP8: mlp, qkv") for text in report.replaced.values())
+    out = tensor_of(model(x))
+    assert not fastvit.report(model).fallbacks
+    rounding = (expected - exact).norm()
+    assert rounding > 1e-3 * exact.norm(), "nothing was rounded to FP8"
+    assert (out - expected).norm() < 0.35 * rounding
+    assert torch.equal(tensor_of(fastvit.restore(model)(x)), exact)
+
+
+@torch.no_grad()
+def test_the_features_of_an_image_are_its_channels():
+    """An encoder's output is (B, C, H, W): as many cosines as places, of C numbers each."""
+    model, x = own_sam(small_sam()).image_encoder, torch.randn(1, 3, SIDE, SIDE)
+    found = quantization.accuracy(model, x, min_cosine=0.9)
+    same = quantization.accuracy(model, x, min_cosine=0.9, features=lambda out: out.permute(0, 2, 3, 1))
+    other = quantization.accuracy(model, x, min_cosine=0.9, features=lambda out: out)
+    assert found.feature_cosine == same.feature_cosine != other.feature_cosine
+    assert {part for _, part in found.losses} == {"qkv", "mlp"}
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """A pre-norm block with its linears in FP8: rounded in the norm before qkv, in the norm before fc1 and in fc1's epilogue.
 
-Two parts of a block are served, "qkv" (the projections of queries, keys and values) and "mlp" (fc1 and fc2). The attention's
-output projection keeps the model's dtype: no pass before it could round its input on the way, and it errs most for its size
-(docs/fp8.md). Inference only. The FP8 weights lie beside the module's own, which stay as they are.
+On tokens, or on SAM's images (B, H, W, C), whose linears run on the image as it lies; padded tokens of windows get the bias of
+qkv, which is what FP8 makes of zeros. Two parts of a block are served, "qkv" (the projections of queries, keys and values) and
+"mlp" (fc1 and fc2). The attention's output projection keeps the model's dtype: no pass before it could round its input on the
+way, and it errs most for its size (docs/fp8.md). Inference only. The FP8 weights lie beside the module's own, which stay as they
+are.
 """
 
 from dataclasses import dataclass, field
@@ -31,8 +33,12 @@ def linears(layout: Layout, part_name: str) -> tuple[str, ...]:
 
 def why_not(block: nn.Module, layout: Any) -> str | None:
     """Why a served block keeps its own dtype, or None."""
-    if not isinstance(layout, Layout) or layout.post_norm or layout.window is not None or not layout.attention.qkv:
-        return "FP8 serves pre-norm blocks on tokens with linears of their own"
+    if not isinstance(layout, Layout):
+        return "FP8 serves encoder blocks"
+    if layout.post_norm:
+        return "FP8 serves pre-norm blocks: after a sum, the norm's result is the residual too"
+    if not layout.attention.qkv:
+        return "FP8 serves attention with linears of its own, which a torch.nn.MultiheadAttention has not"
     if layout.mlp is None or layout.gating or part(block, layout.mlp.hidden_norm) is not None:
         return "FP8 serves an MLP of two linears with an activation between them"
     owner = child(block, layout.attention.owner)

@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn import Attention
 from . import layouts
 
 
 def window_of(block: Any) -> int | None:
     """Tokens a side of a block's windows, 0 where it attends to the whole image; None for a block of token sequences."""
+    owner = getattr(block, "attn", None)
+    if isinstance(owner, Attention):  # fastvit's own, whose block does not say
+        return owner.window_size if owner.on_grid else None
     size = getattr(block, layouts.WINDOW, None)
     return size if isinstance(size, int) and not isinstance(size, bool) and size >= 0 else None
 

@@ -100,6 +100,7 @@ MLPS = (
     Mlp("mlp.weights_in", None, "mlp.weights_out"),  # transformers, older SwiGLU
     Mlp("mlp.fc1", "mlp.act", "mlp.fc2", "mlp.drop1", "mlp.norm", drop=("mlp.drop2",)),  # timm
     Mlp("mlp.lin1", "mlp.act", "mlp.lin2"),  # segment_anything, transformers SAM
+    Mlp("mlp.lin1", "mlp.activation", "mlp.lin2"),  # fastvit's Sam
     Mlp("mlp.fc1_x", "mlp.act", "mlp.fc2", "mlp.drop1", "mlp.norm", drop=("mlp.drop2",), gate="mlp.fc1_g"),  # timm SwiGLU
     Mlp("mlp.0", "mlp.1", "mlp.3", "mlp.2", drop=("mlp.4",)),  # torchvision
     Mlp("linear1", "activation", "linear2", "dropout"),  # torch
@@ -116,6 +117,8 @@ RESIDUALS = (
         None, Residual("dropout", "layer_scale1", "drop_path"), Residual("dropout", "layer_scale2", "drop_path")
     ),
 )
+
+OWN_RESIDUALS = Residuals(None, Residual(None, "ls1", "drop_path"), Residual(None, "ls2", "drop_path"))  # fastvit
 
 SCALE_PARAMETERS = ("lambda1", "gamma")
 HEAD_COUNTS = ("num_attention_heads", "num_heads")

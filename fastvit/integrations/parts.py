@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .. import nn as own_modules
 from .._checks import MAX_HEAD_DIM
 from ..nn import GLOBAL_HOOKS
 from . import decoder, grid, layouts, multihead, two_way
 from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
 
+PLAIN_LINEARS = (nn.Linear, own_modules.Linear)
 CAPTURE_MODULE = "transformers.utils.output_capturing"
 ACTIVATION_NAMES = {
     "gelu": "GELU",
@@ -193,9 +195,12 @@ def is_no_encoder_block(module: nn.Module) -> bool:
 # --- at match time ------------------------------------------------------------------------------------------------------
 
 
-def find_layout(block: nn.Module) -> "AnyLayout | str | None":
+def find_layout(block: nn.Module, own_blocks: bool = False) -> "AnyLayout | str | None":
     """The layout of a block, of ``torch.nn.MultiheadAttention`` or of a part of a mask decoder; a reason why a module like these
-    has none; or None for a module that is none of these."""
+    has none; or None for a module that is none of these.
+
+    ``own_blocks``: fastvit's encoder blocks, which are fused already, have a layout too (for another precision).
+    """
     if isinstance(block, nn.MultiheadAttention):
         return multihead.find_layout(block)
     if decoder.looks_like(block) and _package(block) != "fastvit":
@@ -207,7 +212,7 @@ def find_layout(block: nn.Module) -> "AnyLayout | str | None":
         return "its norms lie inside its attention and its MLP"  # TinyViT, MobileSAM's encoder
     if norms is None or all(child(block, name) is None for name in layouts.ATTENTION_NAMES):
         return None
-    if _package(block) == "fastvit":
+    if _package(block) == "fastvit" and not (own_blocks and _name(block) == "EncoderBlock"):
         return "it is fastvit's own block, fused already"
     attention = _first(layouts.ATTENTIONS, lambda a: all(child(block, path) is not None for path in (*a.qkv, a.out)))
     if attention is None:
@@ -219,7 +224,9 @@ def find_layout(block: nn.Module) -> "AnyLayout | str | None":
     mlp, activation, gating = _find_mlp(block, own)
     if mlp is None and child(block, layouts.OPAQUE_MLP) is None:
         return activation or "its MLP has none of the known layouts"
-    entry = next(r for r in layouts.RESIDUALS if r.mark is None or hasattr(block, r.mark))
+    entry = layouts.OWN_RESIDUALS
+    if _package(block) != "fastvit":
+        entry = next(r for r in layouts.RESIDUALS if r.mark is None or hasattr(block, r.mark))
     reason = _why_not_residual(block, entry.attention) or _why_not_residual(block, entry.mlp)
     if reason:
         return reason
@@ -303,7 +310,8 @@ def _package(module: Any) -> str:
 
 def _plain_norm(norm: Any, names: tuple[type, ...] = (nn.LayerNorm,), timm_name: str = "LayerNorm") -> bool:
     timms = _name(norm) == timm_name and _package(norm) == "timm"
-    return (type(norm) in names or timms) and not getattr(norm, "_fast_norm", False) and len(norm.normalized_shape) == 1
+    ours = type(norm) is own_modules.LayerNorm and norm.statistics == "token" and nn.LayerNorm in names
+    return (type(norm) in names or timms or ours) and not getattr(norm, "_fast_norm", False) and len(norm.normalized_shape) == 1
 
 
 def _why_not_norms(block: nn.Module, norms: layouts.Norms) -> str | None:
@@ -393,8 +401,16 @@ def _find_mlp(block: nn.Module, own: dict[str, str]) -> tuple[layouts.Mlp | None
 
 
 def _has(block: nn.Module, mlp: layouts.Mlp) -> bool:
-    """Whether the activation is where this entry has it: a child, or a function kept as an attribute."""
-    return mlp.activation is None or child(block, mlp.activation) is not None or callable(getattr(block, mlp.activation, None))
+    """Whether the activation is where this entry has it: a child, or a function or (in fastvit's MLPs) a name as an attribute."""
+    return mlp.activation is None or child(block, mlp.activation) is not None or _unchilded(block, mlp.activation) is not None
+
+
+def _unchilded(block: nn.Module, path: str) -> Any:
+    """A function that the block keeps as an attribute, or the name that an MLP of fastvit's has of its activation."""
+    owner, _, name = path.rpartition(".")
+    found: Any = getattr(child(block, owner) if owner else block, name, None)
+    own = isinstance(found, str) and _package(child(block, owner)) == "fastvit"
+    return found if callable(found) or own else None
 
 
 def activation_of(block: nn.Module, mlp: layouts.Mlp, gated: bool) -> str | None:
@@ -403,8 +419,8 @@ def activation_of(block: nn.Module, mlp: layouts.Mlp, gated: bool) -> str | None
         return "silu" if gated else None
     module = child(block, mlp.activation)
     if module is None:
-        function: Any = getattr(block, mlp.activation, None)
-        return {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}.get(function)
+        found = _unchilded(block, mlp.activation)
+        return found if isinstance(found, str) else {F.relu: "relu", torch.relu: "relu", F.gelu: "gelu"}.get(found)
     if _package(module) not in layouts.ACTIVATION_PACKAGES:
         return None
     if type(module) is nn.GELU:
@@ -430,10 +446,10 @@ def _why_not_dropout(block: nn.Module, path: str | None) -> str | None:
 
 
 def _call_if_odd(path: str | None, module: Any, own: dict[str, str]) -> None:
-    """Notes a linear that is none of PyTorch's plain ones (an adapter, a quantized one): it is called as it is."""
+    """Notes a linear that is no plain one (an adapter, a quantized one): it is called as it is."""
     if path is None or module is None:
         return
-    if type(module) is not nn.Linear:
+    if type(module) not in PLAIN_LINEARS:
         kind = _name(module) if _name(module) != "Linear" else f"Linear of {_package(module)}'s own"
         own[path] = f"is called as it is (a {kind}, not a plain Linear)"
     elif type(module.weight) not in PLAIN_TENSORS:
