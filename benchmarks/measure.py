@@ -17,9 +17,12 @@ from typing import Any
 
 import torch
 
+from . import energy
+
 WARM_UP = 5
 GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
 MOST_ROUNDS = 50
+MOST_CALLS = 5000
 GPU = torch.device("cuda")
 
 Call = Callable[[], object]
@@ -30,15 +33,17 @@ class Timing:
     """Median in milliseconds, and the distance from the 20th to the 80th percentile as a share of it.
 
     ``timed``: "replay" of a CUDA graph, "events" around each call, or "turns" on a CPU; ``events_ms``: by events in any case.
+    ``joules``: the GPU's for one call, where that was asked for.
     """
 
     ms: float
     spread: float
-    peak_mb: float = 0.0
+    peak_mb: float | None = 0.0
     p95_ms: float = 0.0
     cpu_ms: float | None = None
     timed: str = "turns"
     events_ms: float | None = None
+    joules: float | None = None
     samples: list[float] = field(default_factory=list, repr=False)
 
 
@@ -104,10 +109,11 @@ def resident_peak_mb(call: Call) -> float | None:
     return max(0.0, (status_bytes("VmHWM") - before) / 2**20)
 
 
-def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True) -> Timing:
+def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True, counter: energy.Counter | None = None) -> Timing:
     """Times the calls in turn on the GPU, each on its own inputs, for about ``budget_s`` seconds; short ones as replays.
 
-    All on the current stream. Peak memory is of one call above what lay there; of a ``Replay`` that of its capture.
+    All on the current stream. Peak memory is of one call above what lay there; of a ``Replay`` that of its capture. With a
+    ``counter``, which goes with events alone, the timed stretch lasts a second at least and has its energy.
     """
     for turn in range(max(WARM_UP, len(calls))):
         calls[turn % len(calls)]()
@@ -120,8 +126,8 @@ def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True) -
     first = summarize(_event_times(calls, 20))
     replayed = _graph_times(calls, budget_s) if graphs and first.ms < GRAPH_BELOW_MS else None
     if replayed is None:
-        repeats = max(20, min(1000, int(budget_s * 1e3 / max(first.ms, 1e-3))))
-        timing = summarize(_event_times(calls, repeats))
+        repeats = max(20, min(MOST_CALLS, int(budget_s * 1e3 / max(first.ms, 1e-3))))
+        timing = _with_energy(calls, repeats, counter) if counter else summarize(_event_times(calls, repeats))
         timing.timed, timing.events_ms = "events", timing.ms
     else:
         timing = summarize(replayed)
@@ -166,6 +172,17 @@ def _event_times(calls: Sequence[Call], repeats: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _with_energy(calls: Sequence[Call], repeats: int, counter: energy.Counter) -> Timing:
+    """Times by events, and the energy of a call from the counter before and after all of them."""
+    samples: list[float] = []
+    before, start = counter.joules(), time.perf_counter()
+    while not samples or time.perf_counter() - start < energy.LEAST_S:
+        samples += _event_times(calls, repeats)
+    timing = summarize(samples)
+    timing.joules = (counter.joules() - before) / len(samples)
+    return timing
 
 
 def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:

@@ -1,31 +1,39 @@
 """Inference of whole ViTs in bf16 on a GPU: timm's models with random weights, accelerated in place, against themselves.
 
 ViT-B, -L and -H at 224 px, batch 1, 8, 64 and 256; DINOv2-L at 518 px. A row has the median and 95th percentile of the latency,
-peak memory above the weights, and ``mfu``: FLOPs (``floors``) over time, of what a large matrix product reaches. Images a
-second are batch / time.
+images a second, peak memory above the weights, joules an image, and ``mfu``: FLOPs (``floors``) over time, of what a large matrix
+product reaches. Peers: the model written out (``eager``) and with PyTorch's fused attention (``sdpa``), compiled by default and
+with max-autotune, whose CUDA graphs are its own, ONNX Runtime in float16 and TensorRT. Rows in FP8 compete with torchao's
+float8, have the ``cosine`` of their features with float32's, and ``vs_bf16``: how much faster than fastvit in bf16.
 """
 
+import copy
 import functools
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastvit
+from fastvit import quantization
 from fastvit._torchvision import ensure_importable
 
-from . import contest, floors, results
+from . import contest, exports, floors, results
 from .settings import Settings, Task
 
-BATCHES = (1, 8, 64, 256)
 NAMES = {
     "ViT-B/16": "vit_base_patch16_224",
     "ViT-L/16": "vit_large_patch16_224",
     "ViT-H/14": "vit_huge_patch14_224",
     "DINOv2-L/14": "vit_large_patch14_dinov2",
 }
-CASES = [(name, 224, batch) for name in ("ViT-B/16", "ViT-L/16", "ViT-H/14") for batch in BATCHES]
-CASES += [("DINOv2-L/14", 518, batch) for batch in (1, 8, 32)]
+SIZES = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
+CASES = [(name, 224, batch) for batch in (256, 1, 8, 64) for name in SIZES]  # what is asked for most comes first
+CASES += [("DINOv2-L/14", 518, batch) for batch in (8, 1, 32)]
+FP8_CASES = [("ViT-L/16", 224, 64), ("ViT-H/14", 224, 64), ("ViT-L/16", 224, 256), ("ViT-H/14", 224, 256)]
 DRY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -42,32 +50,110 @@ def build(name: str, settings: Settings) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def written_out(model: nn.Module) -> nn.Module:
+    """The same weights, attention by PyTorch's plain operators."""
+    other = contest.twin(model)
+    for module in other.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return other
+
+
 def vit_gflop(name: str, image: int, settings: Settings) -> float:
     sizes = floors.VIT[name] | ({"dim": 32, "depth": 2, "mlp_dim": 128} if settings.dry else {})
     return floors.vit_flops(image, **sizes, classes=0 if name.startswith("DINO") else 1000) / 1e9
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
-    for name, image, batch in CASES:
-        batch = min(batch, 2) if settings.dry else batch
-        row = results.new_row(f"{name} {image}, batch {batch}", "model", "forward", settings.dtype, [batch, 3, image, image])
-        yield Task(row, functools.partial(run_vit, name, image))
+    for cases, run, precision in ((CASES, run_vit, ""), (FP8_CASES, run_fp8, ", fp8")):
+        for name, image, batch in cases:
+            title = f"{name} {image}, batch {batch}{precision}"
+            shape = [min(batch, 2) if settings.dry else batch, 3, image, image]
+            row = results.new_row(title, "model", "forward", "fp8" if precision else settings.dtype, shape)
+            yield Task(row, functools.partial(run, name, image))
 
 
-def run_vit(name: str, image: int, row: results.Row, settings: Settings) -> None:
+def subject(name: str, image: int, row: results.Row, settings: Settings) -> tuple[nn.Module, Tensor, Tensor]:
+    """(the model in bf16, the images, the exact result), all but the last on the device."""
     batch = row["shape"][0]
     row["gflop"] = batch * vit_gflop(name, image, settings)
     row["floor_ms"] = settings.floor_ms(row["gflop"])
     model = build(name, settings).to(settings.device)
-    x = torch.randn(batch, 3, image, image, device=settings.device)
-    exact = contest.inference(model, x)().cpu()
-    model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
-    mine = fastvit.accelerate(contest.twin(model))
+    x = torch.randn(row["shape"], device=settings.device)
+    exact = torch.cat([contest.inference(model, part)() for part in x.split(64)]).cpu()
+    return model.to(torch.bfloat16), x.to(torch.bfloat16), exact
+
+
+def accelerated(model: nn.Module, row: results.Row, **options: Any) -> nn.Module:
+    """Another module with these weights, accelerated; raises where nothing of it could be."""
+    mine = fastvit.accelerate(contest.twin(model), **options)
     served = fastvit.report(mine)
     if not served.replaced or served.fallbacks:
         raise RuntimeError(f"not served: {served.fallbacks or served.skipped or 'no block of a known layout'}")
     row["served_blocks"] = len(served.replaced)
-    small = batch <= contest.GRAPHED_UP_TO
-    others = contest.variants("eager", lambda: contest.inference(model, x), small, max_autotune=True)
-    ours = contest.variants("accelerated", lambda: contest.inference(mine, x), small)
-    contest.run(row, settings, exact, others, ours)
+    return mine
+
+
+def exported(model: nn.Module, x: Tensor, shape: torch.Size, folder: Path, small: bool) -> dict[str, Callable[[], contest.Call]]:
+    """ONNX Runtime, in float16, since its kernels for bfloat16 are few, and TensorRT in the model's own dtype."""
+
+    def file() -> Path:
+        exports.onnxruntime_provider(x)
+        return exports.export(copy.deepcopy(model).half(), x.half(), folder / "model.onnx")
+
+    found: dict[str, Callable[[], contest.Call]] = {"onnxruntime": lambda: exports.onnxruntime(file(), x.half(), shape)}
+    if small:
+        found["onnxruntime_graph"] = lambda: contest.Captured(exports.onnxruntime(file(), x.half(), shape, cuda_graph=True))
+    return found | {"tensorrt": lambda: exports.tensorrt(copy.deepcopy(model), x)}
+
+
+def run_vit(name: str, image: int, row: results.Row, settings: Settings) -> None:
+    model, x, exact = subject(name, image, row, settings)
+    mine = accelerated(model, row)
+    small = row["shape"][0] <= contest.GRAPHED_UP_TO
+    others = {"eager": lambda: contest.inference(written_out(model), x)}
+    others |= contest.variants("sdpa", lambda: contest.inference(model, x), small, autotuned=True, compiled="compile")
+    with tempfile.TemporaryDirectory() as folder:
+        others |= exported(model, x, exact.shape, Path(folder), small)
+        ours = contest.variants("accelerated", lambda: contest.inference(mine, x), small)
+        contest.run(row, settings, exact, others, ours)
+
+
+def in_fp8(model: nn.Module, x: Tensor, row: results.Row, settings: Settings) -> contest.Call:
+    """The accelerated model in FP8; a dry run, which has no GPU, simulates it."""
+    if settings.dry:
+        run: Callable[[Tensor], Tensor] = functools.partial(_simulated, accelerated(model, row))
+    else:
+        run = accelerated(model, row, precision="fp8")
+        row["fp8_blocks"] = sum("; in FP8: " in text for text in fastvit.report(run).replaced.values())
+        if not row["fp8_blocks"]:
+            raise RuntimeError("no block of the model is served in FP8")
+    return contest.inference(run, x)
+
+
+def _simulated(model: nn.Module, x: Tensor) -> Tensor:
+    with quantization.simulated(model):
+        return model(x)
+
+
+def run_fp8(name: str, image: int, row: results.Row, settings: Settings) -> None:
+    model, x, exact = subject(name, image, row, settings)
+    compete_in_fp8(model, x, exact, row, settings)
+
+
+def compete_in_fp8(model: nn.Module, x: Tensor, exact: Tensor, row: results.Row, settings: Settings) -> None:
+    """Fills the row with FP8's contestants, and with what fastvit takes for the same in bf16."""
+    small = row["shape"][0] <= contest.GRAPHED_UP_TO
+    rule = contest.Cosine()
+    theirs = functools.cache(lambda: contest.inference(exports.float8(copy.deepcopy(model)), x))
+    others = contest.variants("torchao_float8", theirs, small, autotuned=True)
+    ours = contest.variants("accelerated_fp8", functools.partial(in_fp8, model, x, row, settings), small)
+    found = contest.run(row, settings, exact, others, ours, rule)
+    row["cosines"] = rule.found
+    if row["ours_ms"]:
+        row["cosine"] = rule.found[row["ours"]]
+        in_bf16 = contest.variants("accelerated", lambda: contest.inference(accelerated(model, row), x), small)
+        times = [found.attempt(name, build, of_peer=False) for name, build in in_bf16.items()]
+        bf16_ms = [timed[1].ms for timed in times if isinstance(timed, tuple)]
+        if bf16_ms:
+            row |= {"bf16_ms": min(bf16_ms), "vs_bf16": min(bf16_ms) / row["ours_ms"]}

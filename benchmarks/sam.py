@@ -2,8 +2,9 @@
 
 Peers, all with the same random weights: segment_anything's encoder and transformers' SDPA mode, eager and compiled; and
 segment_anything's with the relative positions folded into channels, or as FlexAttention's score_mod (``ways``). At batch 1 each,
-ours as theirs, is a CUDA graph too.
-Another row encodes one image and decodes one point, the decoder in float32.
+ours as theirs, is a CUDA graph too. One row more has the encoder in FP8 (as ``models``).
+End to end, the decoder in float32: one image encoded and one point decoded; and masks of everything in a photograph-sized
+picture, 1024 points of a grid, by either library's ``SamAutomaticMaskGenerator``.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit._torchvision import ensure_importable
 
-from . import contest, floors, image_peers, peers, results
+from . import contest, floors, image_peers, models, peers, results
 from .settings import Settings, Task
 from .ways import WAYS
 
@@ -59,7 +60,7 @@ def original(sizes: dict[str, Any]) -> nn.Module:
         modeling.PromptEncoder(prompt_dim, (grid, grid), (image, image), mask_in_chans=16),
         modeling.MaskDecoder(transformer_dim=prompt_dim, transformer=transformer),
     )
-    _disturb(encoder)
+    _disturb(sam)
     return sam.eval().requires_grad_(False)
 
 
@@ -79,17 +80,19 @@ def own(sizes: dict[str, Any], like: nn.Module | None) -> nn.Module:
         prompt_dim=sizes["prompt_dim"],
     )
     if like is None:
-        _disturb(model.image_encoder)
+        _disturb(model)
     else:
         model.load_state_dict(like.state_dict())
     return model.eval().requires_grad_(False)
 
 
-def _disturb(encoder: nn.Module) -> None:
-    """Positions begin at zero, where some implementations could save themselves the work."""
-    for name, parameter in encoder.named_parameters():
+def _disturb(sam: Any) -> None:
+    """Positions begin at zero, where some implementations could save themselves the work, and estimates of quality around it,
+    where a threshold is none."""
+    for name, parameter in sam.image_encoder.named_parameters():
         if "rel_pos" in name or "pos_embed" in name:
             nn.init.normal_(parameter, std=0.02)
+    nn.init.ones_(sam.mask_decoder.iou_prediction_head.layers[-1].bias)
 
 
 def transformers_encoder(sizes: dict[str, Any], like: nn.Module) -> nn.Module:
@@ -176,14 +179,63 @@ def encode_and_decode(sam: Any, encode: Callable[[Tensor], Tensor]) -> Callable[
     return run
 
 
+class InOwnDtype(nn.Module):
+    """An image encoder for callers that give and take float32, as segment_anything's predictor does."""
+
+    def __init__(self, encoder: Any):
+        super().__init__()
+        self.encoder, self.img_size = encoder, encoder.img_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.encoder(images.to(next(self.encoder.parameters()).dtype)).float()
+
+
+class Everything:
+    """Calls that find all masks in a picture; ``check()``: what the decoder makes of the first points of the grid.
+
+    With random weights nobody's estimate of quality says anything, so the generators keep the tenth of the masks that the exact
+    model rates highest, and no stability is asked for.
+    """
+
+    def __init__(self, generator: Any, predictor: Any, pixels: Any):
+        self.generator, self.predictor, self.pixels = generator, predictor, pixels
+
+    def __call__(self) -> Tensor:
+        return torch.tensor(float(len(self.generator.generate(self.pixels))))
+
+    def check(self) -> Tensor:
+        return rated(self.predictor, self.pixels, self.generator.points_per_batch)[0]
+
+
+def rated(predictor: Any, pixels: Any, count: int) -> tuple[Tensor, Tensor]:
+    """(low-resolution masks (count, 3, h, w), estimated quality (count, 3)) of a row of points across the picture."""
+    predictor.set_image(pixels)
+    side = predictor.model.image_encoder.img_size
+    across = torch.linspace(0.1 * side, 0.9 * side, count, device=predictor.device)
+    points = torch.stack([across, across.flip(0)], dim=-1)[:, None]
+    labels = torch.ones(count, 1, dtype=torch.int, device=predictor.device)
+    _, quality, low_res = predictor.predict_torch(points, labels)
+    return low_res, quality
+
+
+FP8_BATCH = 8
+
+
 def tasks(settings: Settings) -> Iterator[Task]:
-    for name in SIZES:
+    """What is asked for most comes first: the encoders at batch 8."""
+
+    def task(title: str, name: str, batch: int, run: Callable, dtype: str = settings.dtype) -> Task:
         image = sizes_of(name, settings)["image"]
-        for batch in (1, 2 if settings.dry else 8):
-            row = results.new_row(f"{name} encoder, batch {batch}", "sam", "forward", settings.dtype, [batch, 3, image, image])
-            yield Task(row, functools.partial(run_encoder, name))
-        row = results.new_row(f"{name} encode + 1 point", "sam", "forward", settings.dtype, [1, 3, image, image])
-        yield Task(row, functools.partial(run_prompt, name))
+        shape = [min(batch, 2) if settings.dry else batch, 3, image, image]
+        return Task(results.new_row(title, "sam", "forward", dtype, shape), functools.partial(run, name))
+
+    for batch in (8, 1):
+        for name in SIZES:
+            yield task(f"{name} encoder, batch {batch}", name, batch, run_encoder)
+    yield task(f"SAM-H encoder, batch {FP8_BATCH}, fp8", "SAM-H", FP8_BATCH, run_fp8, "fp8")
+    for name in SIZES:
+        yield task(f"{name} encode + 1 point", name, 1, run_prompt)
+        yield task(f"{name} masks of everything", name, 1, run_everything)
 
 
 def gflop(name: str, settings: Settings) -> float:
@@ -215,7 +267,7 @@ class Subject:
         for sam in (self.mine, self.theirs):
             if sam is not None:
                 sam.image_encoder.to(torch.bfloat16)
-        self.x = x.to(torch.bfloat16)
+        self.picture, self.x = x, x.to(torch.bfloat16)
 
     def original(self) -> Any:
         """segment_anything's model. Raises ``ImportError`` without that library."""
@@ -241,7 +293,7 @@ def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
     }
     others: dict[str, Callable] = {}
     for peer, build in encoders.items():
-        others |= contest.variants(peer, subject.call(build), small, max_autotune=True)
+        others |= contest.variants(peer, subject.call(build), small, autotuned=True)
     for way in ("bias_folded", "bias_folded_flash", "flex"):
         build = functools.partial(lambda way: by_way(subject.original().image_encoder, WAYS[way]), way)
         others |= contest.variants(way, subject.call(build), small)
@@ -251,6 +303,12 @@ def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
     if subject.theirs is not None:
         ours["accelerated"] = subject.call(lambda: fastvit.accelerate(contest.twin(subject.theirs.image_encoder)))
     contest.run(row, settings, subject.exact, others, ours)
+
+
+def run_fp8(name: str, row: results.Row, settings: Settings) -> None:
+    subject = Subject(name, row, settings, lambda sam: sam.image_encoder)
+    encoder = subject.original().image_encoder  # fastvit's own is no subject of ``accelerate``
+    models.compete_in_fp8(encoder, subject.x, subject.exact, row, settings)
 
 
 def run_prompt(name: str, row: results.Row, settings: Settings) -> None:
@@ -263,10 +321,52 @@ def run_prompt(name: str, row: results.Row, settings: Settings) -> None:
 
     others = {
         "segment_anything": subject.call(theirs),
-        "segment_anything_compile_max_autotune": subject.call(lambda: theirs("max-autotune-no-cudagraphs")),
+        "segment_anything_compile": subject.call(lambda: theirs("default")),
+        "segment_anything_compile_max_autotune": subject.call(lambda: theirs("max-autotune")),
     }
     ours = {
         "fastvit": subject.call(lambda: encode_and_decode(mine, mine.image_encoder)),
         "fastvit_compile": subject.call(lambda: encode_and_decode(mine, peers.compiled(mine.image_encoder))),
     }
+    contest.run(row, settings, subject.exact, others, ours)
+
+
+def run_everything(name: str, row: results.Row, settings: Settings) -> None:
+    side = 2 if settings.dry else 32  # points along either side of the picture, 64 of them at once
+    seen: dict[str, Tensor] = {}
+
+    def exact(sam: Any) -> Callable[[Tensor], Tensor]:
+        def run(images: Tensor) -> Tensor:
+            low_res, seen["quality"] = rated(fastvit.SamPredictor(sam), pixels(images), min(side**2, 64))
+            return low_res
+
+        return run
+
+    def pixels(images: Tensor) -> Any:
+        return images[0].float().mul(40).add(128).clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8).numpy()
+
+    subject = Subject(name, row, settings, exact)
+    picture = pixels(subject.picture)
+    options = {"points_per_side": side, "points_per_batch": min(side**2, 64), "stability_score_thresh": 0.0}
+    options["pred_iou_thresh"] = seen["quality"].quantile(0.9).item()
+
+    def mine(compiled: bool) -> contest.Call:
+        sam = subject.mine
+        if compiled:
+            sam = contest.twin(sam)
+            sam.image_encoder = InOwnDtype(sam.image_encoder)
+            sam.image_encoder.forward = peers.compiled(sam.image_encoder.forward)
+        return Everything(fastvit.SamAutomaticMaskGenerator(sam, **options), fastvit.SamPredictor(sam), picture)
+
+    def theirs(compiled: bool) -> contest.Call:
+        from segment_anything import SamAutomaticMaskGenerator, SamPredictor
+
+        sam = contest.twin(subject.original())
+        sam.image_encoder = InOwnDtype(sam.image_encoder)
+        if compiled:
+            sam.image_encoder.forward = peers.compiled(sam.image_encoder.forward)
+        return Everything(SamAutomaticMaskGenerator(sam, **options), SamPredictor(sam), picture)
+
+    others = {"segment_anything": lambda: theirs(False), "segment_anything_compile": lambda: theirs(True)}
+    ours = {"fastvit": lambda: mine(False), "fastvit_compile": lambda: mine(True)}
     contest.run(row, settings, subject.exact, others, ours)

@@ -1,5 +1,6 @@
-"""How a run measures: where, how long, and whether it only walks through the code."""
+"""How a run measures: where, how long, whom, and whether it only walks through the code."""
 
+import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,13 +11,16 @@ from .results import NO_TIME, Row
 @dataclass
 class Settings:
     """``dry``: tiny shapes, one call each, nothing compiled. ``quick``: fewer repetitions, nothing compiled.
-    ``late()``: compiling would cost rows. ``ceilings``: ``copy_gb_s`` and ``gemm_tflop_s`` of the device."""
+    ``late()``: compiling would cost rows. ``ceilings``: ``copy_gb_s`` and ``gemm_tflop_s`` of the device. ``only``: globs of the
+    contestants that have a turn, the others left for another run; ``limit_s``: a contestant's time, compiling included."""
 
     device: str
     ceilings: dict[str, float]
     dry: bool = False
     quick: bool = False
     late: Callable[[], bool] = lambda: False
+    only: tuple[str, ...] = ("*",)
+    limit_s: float | None = None
 
     @property
     def dtype(self) -> str:
@@ -26,6 +30,10 @@ class Settings:
     def budget_s(self, full: float) -> float:
         """Seconds to time for."""
         return 0.0 if self.dry else full / 4 if self.quick else full
+
+    def why_not(self, name: str) -> str | None:
+        """Why that contestant has no turn in this run."""
+        return None if any(fnmatch.fnmatch(name, glob) for glob in self.only) else NO_TIME
 
     def why_not_compiled(self) -> str | None:
         if self.dry:
