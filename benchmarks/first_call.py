@@ -24,7 +24,7 @@ from .settings import Settings, Task
 TIMEOUT_S = 300
 
 
-def _one_of_each() -> list[tuple[str, int]]:
+def one_of_each() -> list[tuple[str, int]]:
     """(part, index) of the first case of every operator."""
     found: dict[str, tuple[str, int]] = {}
     for part, group in cases.ALL.items():
@@ -34,7 +34,7 @@ def _one_of_each() -> list[tuple[str, int]]:
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
-    for part, index in _one_of_each()[: 1 if settings.dry else None]:
+    for part, index in one_of_each()[: 1 if settings.dry else None]:
         sized = operators.subject(cases.ALL[part][index], settings)
         row = results.new_row(sized.name, sized.op, "first_call", settings.dtype, sized.shape)
         yield Task(row, functools.partial(run, part, index))

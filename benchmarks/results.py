@@ -1,9 +1,11 @@
 """Result files: what one row holds, what the numbers depend on, where a file lies, and how two of them join or compare.
 
 ``{"gpu", "driver", "commit", "versions", "copy_gb_s", "gemm_tflop_s", "rows": [...]}``; a row: case, op, pass ("forward",
-"backward", "step", "first_call"), dtype, shape, ours_ms, ours_spread, peers {name: ms}, floor_ms, gflop, mbyte, peak_mb,
-peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move. A row
-without a time has an ``error`` and its ``traceback``. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and
+"backward", "step", "first_call", "launch"), dtype, shape, ours_ms, ours_spread, peers {name: ms}, floor_ms, gflop, mbyte,
+peak_mb, peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move.
+Whole models besides: p95_ms, images_s, mfu, joules_an_image (or ``energy_absent``, why not), the peers' as peers_p95_ms and
+peers_joules_an_image, and ``took_s`` {name: seconds} of everyone's turn, compiling and checking included. A row without a
+time has an ``error`` and its ``traceback``. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and
 ``events_ms`` {name: ms} has everyone's time by events; ``broke`` names who left the device unusable.
 """
 
@@ -60,10 +62,10 @@ def ratio(row: Row) -> float | None:
     """
     if not row["ours_ms"] or not row["peers"]:
         return None
-    return row.get("paired_ratio") or min(_ratios(row).values())
+    return row.get("paired_ratio") or min(ratios(row).values())
 
 
-def _ratios(row: Row) -> dict[str, float]:
+def ratios(row: Row) -> dict[str, float]:
     """Each peer's time over ours, like with like: where one was timed by replays and the other was not, both by events.
 
     A peer that has its own time as a graph beside it is represented by that.
@@ -81,7 +83,7 @@ def _ratios(row: Row) -> dict[str, float]:
 def fastest_peer(row: Row) -> str | None:
     if not row["peers"]:
         return None
-    found = _ratios(row) if row["ours_ms"] else row["peers"]
+    found = ratios(row) if row["ours_ms"] else row["peers"]
     return min(found, key=lambda name: found[name])
 
 

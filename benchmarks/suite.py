@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from . import cases, cpu_models, first_call, measure, models, operators, results, sam, training
+from . import cases, cpu_models, first_call, launches, measure, models, operators, results, sam, training
 from .settings import Settings, Task
 
 OPERATORS = tuple(cases.ALL)
-WHOLE = ("models", "sam", "training", "first_call")
+WHOLE = ("models", "sam", "training", "launches", "first_call")
 PARTS = (*OPERATORS, *WHOLE)
 CPU_PARTS = ("models", *OPERATORS)
 COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out
@@ -35,7 +35,8 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
         if part != "models":
             raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join(CPU_PARTS)}")
         return cpu_models.tasks(settings)
-    return {"models": models, "sam": sam, "training": training, "first_call": first_call}[part].tasks(settings)
+    whole = {"models": models, "sam": sam, "training": training, "launches": launches, "first_call": first_call}
+    return whole[part].tasks(settings)
 
 
 def ceilings_of(device: str, dry: bool = False, quick: bool = False) -> dict[str, float]:

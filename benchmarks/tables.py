@@ -2,6 +2,7 @@
 
     python -m benchmarks.tables            # writes them
     python -m benchmarks.tables --check    # exits with 1, naming the files, where they do not agree
+    python -m benchmarks.tables --goals FILE    # every goal (goals.py) with what a GPU's result file says of it
 
 Markers: ``<!-- table: NAME -->`` and ``<!-- end of table -->``, NAME one of ``TABLES``.
 """
@@ -12,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import results, show
+from . import goals, results, show
 from .results import Result
 
 ROOT = results.ROOT
@@ -110,10 +111,27 @@ def stale() -> list[tuple[Path, str]]:
     return found
 
 
-def main() -> int:
+def print_goals(path: Path) -> int:
+    """Exit status 2 for what is no result file of a GPU."""
+    try:
+        result = results.read(path)
+        if result.get("gpu", "none") == "none":
+            raise ValueError(f"{path}: was measured on a CPU; the goals are a GPU's")
+    except (OSError, ValueError) as error:
+        print(f"benchmarks.tables: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*goals.listed(result["rows"]), show.machine(result)]))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], prog="python -m benchmarks.tables")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page is not up to date")
-    check = parser.parse_args().check
+    parser.add_argument("--goals", type=Path, metavar="FILE", help="print the goals with what this result file says of them")
+    options = parser.parse_args(arguments)
+    if options.goals:
+        return print_goals(options.goals)
+    check = options.check
     pages = stale()
     for path, text in pages:
         if not check:

@@ -342,7 +342,7 @@ def test_a_machine_without_a_driver_says_so(monkeypatch):
         raise OSError("cannot open")
 
     monkeypatch.setattr(ctypes, "CDLL", absent)
-    with pytest.raises(energy.Absent, match="libnvidia-ml.so.1: cannot open"):
+    with pytest.raises(energy.Absent, match=r"libnvidia-ml\.so\.1: cannot open"):
         energy.Counter()
 
 

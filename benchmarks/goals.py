@@ -1,0 +1,233 @@
+"""What the kernels are built to reach on one H100 or H200, and how far a result file shows that they do.
+
+    python -m benchmarks.tables --goals FILE
+
+A goal asks one number of a row, at least or at most; ``GOALS`` is all of them. A ratio to peers is the slowest of ours against
+the fastest of those named that computes the same. What a file has no row for is not measured, and what failed is missed.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from . import results
+from .results import Row
+
+Value = Callable[[Row, list[Row]], float | None]
+
+
+def over(*peers: str) -> Value:
+    """The fastest of those peers over ours, like with like: replays with replays, events with events."""
+
+    def value(row: Row, rows: list[Row]) -> float | None:
+        found = [ratio for name, ratio in results.ratios(row).items() if any(fnmatch.fnmatch(name, peer) for peer in peers)]
+        return min(found, default=None)
+
+    return value
+
+
+def over_as_called(*peers: str) -> Value:
+    """The fastest of those peers, as a user calls it, over the fastest of ours, CUDA graphs included."""
+
+    def value(row: Row, rows: list[Row]) -> float | None:
+        found = [row["peers"][name] / row["ours_ms"] for name in peers if name in row["peers"]]
+        return min(found, default=None)
+
+    return value
+
+
+def kernel_over_all(row: Row, rows: list[Row]) -> float | None:
+    """The fastest peer over the kernel, whatever dispatch chose."""
+    found = results.ratio(row)
+    return found * row["ours_ms"] / row["kernel_ms"] if found and row.get("kernel_ms") else None
+
+
+def of_floor(row: Row, rows: list[Row]) -> float | None:
+    return row["floor_ms"] / row["ours_ms"]
+
+
+def against_case(op: str, case: str) -> Value:
+    """Our time over our time in that other case."""
+
+    def value(row: Row, rows: list[Row]) -> float | None:
+        others = [r["ours_ms"] for r in rows if (r["op"], r["case"], r["pass"]) == (op, case, row["pass"])]
+        return row["ours_ms"] / others[0] if others and others[0] else None
+
+    return value
+
+
+def field(name: str, scale: float = 1.0) -> Value:
+    def value(row: Row, rows: list[Row]) -> float | None:
+        return None if row.get(name) is None else row[name] * scale
+
+    return value
+
+
+def ratio(row: Row, rows: list[Row]) -> float | None:
+    return results.ratio(row)
+
+
+COMPILED = ("compile", "compile_max_autotune")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``cases``: globs of names; ``least`` or ``most`` with the unit in ``unit``, empty for a ratio."""
+
+    title: str
+    op: str
+    direction: str
+    cases: tuple[str, ...]
+    value: Value
+    least: float | None = None
+    most: float | None = None
+    unit: str = ""
+
+    def wanted(self) -> str:
+        bound = f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
+        return bound + (f" {self.unit}" if self.unit else "")
+
+    def met(self, value: float) -> bool:
+        return value >= self.least if self.least is not None else value <= (self.most or 0.0)
+
+
+LENGTHS_64 = ("ViT-B/16 224", "ViT-L/14 224", "ViT-B/16 384", "ViT-L/14 518")  # N = 197, 257, 577, 1370
+LENGTHS_80 = ("ViT-H/16 512", "latent diffusion, 32×32", "SAM-H global, no bias")  # N = 1024, 1024, 4096
+GLOBAL = ("SAM-B global", "SAM-H global")
+WINDOWS = ("SAM-? windows",)
+MANY_ROWS = ("ViT-B/16 224, batch 256",)
+MANY_ROWS_ADDED = ("ViT-L/16 224 add, batch 256",)
+
+GOALS = [
+    Goal("attention, d = 64, N = 197 to 1370", "attention", "forward", LENGTHS_64, ratio, 1.15),
+    Goal("attention, d = 64, N = 4096, the kernel", "attention", "forward", ("SAM-B global, no bias",), kernel_over_all, 0.95),
+    Goal("attention, d = 64, N = 4096, dispatched", "attention", "forward", ("SAM-B global, no bias",), ratio, 1.0),
+    Goal("attention, d = 80, N = 1024 and 4096", "attention", "forward", LENGTHS_80, ratio, 1.1),
+    Goal("attention, relative positions, 64×64", "attention", "forward", GLOBAL, ratio, 2.0),
+    Goal("image attention, global, 64×64", "image_attention", "forward", GLOBAL, ratio, 2.0),
+    *(
+        Goal(
+            f"{op.replace('_', ' ')}, 64×64, over our time without positions",
+            op,
+            "forward",
+            (f"{size} global",),
+            against_case("attention", f"{size} global, no bias"),
+            most=1.25,
+        )
+        for op in ("attention", "image_attention")
+        for size in ("SAM-B", "SAM-H")
+    ),
+    Goal("attention, relative positions, 14×14", "attention", "forward", ("SAM-B window",), ratio, 2.5),
+    Goal("image attention, windows of 14×14", "image_attention", "forward", WINDOWS, ratio, 2.5),
+    Goal("attention backward, d = 64, N = 197 to 1370", "attention", "backward", LENGTHS_64, ratio, 1.1),
+    Goal("attention backward, relative positions", "attention", "backward", (*GLOBAL, "SAM-B window"), ratio, 2.0),
+    Goal("image attention backward", "image_attention", "backward", ("SAM-B *", "SAM-H *"), ratio, 2.0),
+    Goal("SAM's decoder, 7 × 4096", "attention", "forward", ("SAM mask decoder, *",), ratio, 1.5),
+    Goal("first call, empty caches", "*", "first_call", ("*",), field("ours_ms", 1e-3), most=3.0, unit="s"),
+    Goal("launch, on the CPU", "*", "launch", ("*",), field("ours_ms", 1e3), most=20.0, unit="µs"),
+    *(
+        Goal(f"{name} {way}, {part}", op, way, cases, value, least)
+        for op, name, cases in (
+            ("layer_norm", "LayerNorm", MANY_ROWS),
+            ("add_layer_norm", "residual + LayerNorm", MANY_ROWS_ADDED),
+        )
+        for way, share in (("forward", 0.9), ("backward", 0.8))
+        for part, value, least in (("of copy bandwidth", of_floor, share), ("over Inductor", over(*COMPILED), 1.0))
+    ),
+    Goal("fc1 + GELU", "linear", "forward", ("ViT-?/* fc1", "SAM-H fc1"), ratio, 1.05),
+    Goal("linears, dispatched", "linear", "*", ("*",), ratio, 1.0),
+    Goal("ViT, batch 256, over max-autotune", "model", "forward", ("ViT-* batch 256",), over("compile_max_autotune"), 1.1),
+    *(
+        Goal(f"{name}, batch 256", "model", "forward", (f"{name} 224, batch 256",), field("images_s"), least, unit="images/s")
+        for name, least in (("ViT-B/16", 14500), ("ViT-L/16", 4400), ("ViT-H/14", 1600))
+    ),
+    Goal(
+        "ViT, batch 1, over compile as CUDA graphs",
+        "model",
+        "forward",
+        ("ViT-* batch 1",),
+        over("compile_graph", "compile_max_autotune"),
+        1.2,
+    ),
+    Goal("ViT, batch 1, over eager", "model", "forward", ("ViT-* batch 1",), over_as_called("eager", "sdpa"), 3.0),
+    *(
+        Goal(f"{name}, batch 1", "model", "forward", (f"{name} 224, batch 1",), field("ours_ms"), most=most, unit="ms")
+        for name, most in (("ViT-B/16", 0.3), ("ViT-L/16", 0.6), ("ViT-H/14", 1.0))
+    ),
+    *(
+        Goal(
+            f"{name} encoder, batch 8", "sam", "forward", (f"{name} encoder, batch 8",), field("images_s"), least, unit="images/s"
+        )
+        for name, least in (("SAM-B", 520), ("SAM-L", 185), ("SAM-H", 97))
+    ),
+    Goal("FP8 over our bf16", "*", "forward", ("*, fp8",), field("vs_bf16"), 1.4),
+    Goal("FP8, cosine of the features", "*", "forward", ("*, fp8",), field("cosine"), 0.999),
+    Goal("training step, over torch.compile", "training", "step", ("*",), over(*COMPILED), 1.1),
+]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one row says of a goal; without a row, or a value in it, why."""
+
+    goal: Goal
+    case: str
+    value: float | None
+    why: str = ""
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return self.why
+        return "met" if self.goal.met(self.value) else "missed"
+
+
+def findings(rows: list[Row], goals: Iterable[Goal] = GOALS) -> Iterator[Finding]:
+    """Of every goal in every row that it asks; at least one a goal."""
+    for goal in goals:
+        asked = [row for row in rows if _asks(goal, row)]
+        for row in asked:
+            label = row["case"] + ("" if goal.direction != "*" else f", {row['pass']}")
+            if row.get("error"):
+                yield Finding(goal, label, None, f"missed: {row['error']}")
+                continue
+            value = goal.value(row, rows) if row["ours_ms"] else None
+            yield Finding(goal, label, value, "not measured")
+        seen = {row["case"] for row in asked}
+        for case in goal.cases:
+            if not any(fnmatch.fnmatch(name, case) for name in seen):
+                yield Finding(goal, case, None, "not measured")
+
+
+def _asks(goal: Goal, row: Row) -> bool:
+    named = any(fnmatch.fnmatch(row["case"], case) for case in goal.cases)
+    same = all(fnmatch.fnmatch(row[key], wanted) for key, wanted in (("op", goal.op), ("pass", goal.direction)))
+    return named and same and (goal.direction != "*" or row["pass"] in ("forward", "backward"))
+
+
+def listed(rows: list[Row]) -> list[str]:
+    """A line a finding, and a count of them."""
+    found = list(findings(rows))
+    lines = [f"{'goal':58} {'case':36} {'wanted':>16} {'found':>9}  verdict"]
+    for one in found:
+        value = "-" if one.value is None else f"{one.value:.4g}"
+        lines.append(f"{one.goal.title[:58]:58} {one.case[:36]:36} {one.goal.wanted():>16} {value:>9}  {one.verdict}")
+    count = {what: sum(one.verdict.startswith(what) for one in found) for what in ("met", "missed", "not measured")}
+    return [*lines, ", ".join(f"{number} {what}" for what, number in count.items())]
+
+
+def table(rows: list[Row]) -> list[str]:
+    """A line of Markdown a goal: the worst of its rows."""
+    lines = ["| goal | wanted | worst | |", "|---|---|---|---|"]
+    for goal in GOALS:
+        found = list(findings(rows, [goal]))
+        valued = [one for one in found if one.value is not None]
+        failed = [one for one in found if one.verdict.startswith("missed: ")]
+        worst = (min if goal.least is not None else max)(valued, key=lambda one: one.value or 0.0, default=None)
+        missing = len(found) - len(valued)
+        says = "missed" if failed else worst.verdict if worst else "not measured"
+        if missing and worst and not failed:
+            says += f" ({missing} not measured)"
+        shown = "–" if worst is None else f"{worst.value:.4g}, {worst.case}"
+        lines.append(f"| {goal.title} | {goal.wanted()} | {shown} | {says} |")
+    return lines

@@ -1,0 +1,123 @@
+"""The goals a GPU run is read by: what is asked of which row, with results that are made up."""
+
+import pytest
+
+from benchmarks import cases, goals, models, results, sam, suite, tables, training
+from benchmarks.settings import Settings
+
+EVERYTHING = Settings("cuda", {"gemm_tflop_s": 790.0, "copy_gb_s": 4300.0})
+
+
+def row(op, case, direction="forward", **values):
+    return results.new_row(case, op, direction, "bf16", [8]) | values
+
+
+def verdicts(rows, title):
+    chosen = [goal for goal in goals.GOALS if goal.title == title]
+    assert chosen, title
+    return {one.case: one.verdict for one in goals.findings(rows, chosen)}
+
+
+def test_every_goal_asks_something_of_a_whole_run():
+    """No goal names a case, pass or part that a GPU's run does not have."""
+    rows = [task.row for part in suite.PARTS for task in suite.tasks(part, EVERYTHING)]
+    for goal in goals.GOALS:
+        for case in goal.cases:
+            alone = goals.Goal(goal.title, goal.op, goal.direction, (case,), goal.value, goal.least, goal.most)
+            assert any(goals._asks(alone, row) for row in rows), (goal.title, case)
+
+
+def test_without_results_nothing_is_measured():
+    found = list(goals.findings([]))
+    assert {one.verdict for one in found} == {"not measured"}
+    assert {one.goal.title for one in found} == {goal.title for goal in goals.GOALS}
+    assert all(line.endswith("| not measured |") for line in goals.table([])[2:])
+
+
+@pytest.mark.parametrize(("peer", "verdict"), [(1.16, "met"), (1.14, "missed")])
+def test_ratio_to_the_fastest_peer(peer, verdict):
+    title = "attention, d = 64, N = 197 to 1370"
+    rows = [row("attention", "ViT-B/16 224", ours_ms=1.0, peers={"eager": 9.0, "sdpa_cudnn": peer})]
+    found = verdicts(rows, title)
+    assert found.pop("ViT-B/16 224") == verdict
+    assert set(found.values()) == {"not measured"}
+    (line,) = [line for line in goals.table(rows) if line.startswith(f"| {title} ")]
+    assert line.endswith(f"| ≥ 1.15 | {peer:.4g}, ViT-B/16 224 | {verdict} (3 not measured) |")
+
+
+def test_the_kernel_is_not_what_dispatch_chose():
+    rows = [row("attention", "SAM-B global, no bias", ours_ms=1.0, kernel_ms=1.25, peers={"sdpa": 1.0})]
+    assert verdicts(rows, "attention, d = 64, N = 4096, dispatched") == {"SAM-B global, no bias": "met"}
+    assert verdicts(rows, "attention, d = 64, N = 4096, the kernel") == {"SAM-B global, no bias": "missed"}
+    rows[0]["kernel_ms"] = 1.05
+    assert verdicts(rows, "attention, d = 64, N = 4096, the kernel") == {"SAM-B global, no bias": "met"}
+
+
+@pytest.mark.parametrize(("ms", "verdict"), [(1.24, "met"), (1.26, "missed")])
+def test_a_bias_is_held_against_our_time_without_one(ms, verdict):
+    rows = [row("attention", "SAM-H global", ours_ms=ms), row("attention", "SAM-H global, no bias", ours_ms=1.0)]
+    title = "attention, 64×64, over our time without positions"
+    assert verdicts(rows, title)["SAM-H global"] == verdict
+    assert verdicts(rows[:1], title)["SAM-H global"] == "not measured"
+
+
+def test_shares_of_the_copy_and_inductor():
+    rows = [row("layer_norm", "ViT-B/16 224, batch 256", ours_ms=1.0, floor_ms=0.85, peers={"eager": 0.5, "compile": 1.1})]
+    assert set(verdicts(rows, "LayerNorm forward, of copy bandwidth").values()) == {"missed"}
+    assert set(verdicts(rows, "LayerNorm forward, over Inductor").values()) == {"met"}
+    rows[0]["pass"] = "backward"
+    assert set(verdicts(rows, "LayerNorm backward, of copy bandwidth").values()) == {"met"}
+
+
+def test_whole_models():
+    graphs = {"fastvit": "replay", "compile_graph": "replay", "eager": "events", "compile_max_autotune": "replay"}
+    peers = {"eager": 0.8, "compile_graph": 0.35, "compile_max_autotune": 0.3}
+    events = {"fastvit": 0.7, "eager": 0.8, "compile_graph": None, "compile_max_autotune": 0.3}
+    one = row("model", "ViT-B/16 224, batch 1", ours_ms=0.2, peers=peers, timed=graphs, events_ms=events)
+    many = row(
+        "model", "ViT-B/16 224, batch 256", ours_ms=17.0, images_s=15058.0, peers={"compile": 17.5, "compile_max_autotune": 18.0}
+    )
+    rows = [one, many, row("sam", "SAM-H encoder, batch 8", images_s=90.0, ours_ms=89.0)]
+    assert verdicts(rows, "ViT, batch 1, over compile as CUDA graphs")["ViT-B/16 224, batch 1"] == "met"
+    assert verdicts(rows, "ViT, batch 1, over eager")["ViT-B/16 224, batch 1"] == "met"  # eager as called, ours replayed
+    assert verdicts(rows, "ViT-B/16, batch 1") == {"ViT-B/16 224, batch 1": "met"}
+    assert verdicts(rows, "ViT-B/16, batch 256") == {"ViT-B/16 224, batch 256": "met"}
+    assert verdicts(rows, "ViT, batch 256, over max-autotune")["ViT-B/16 224, batch 256"] == "missed"
+    assert verdicts(rows, "SAM-H encoder, batch 8") == {"SAM-H encoder, batch 8": "missed"}
+
+
+def test_fp8_first_calls_and_launches():
+    rows = [row("model", "ViT-L/16 224, batch 64, fp8", ours_ms=1.0, vs_bf16=1.5, cosine=0.9985)]
+    rows += [row("linear", "fc1", "first_call", ours_ms=2900.0), row("linear", "fc1", "launch", ours_ms=0.021)]
+    assert set(verdicts(rows, "FP8 over our bf16").values()) == {"met"}
+    assert set(verdicts(rows, "FP8, cosine of the features").values()) == {"missed"}
+    assert verdicts(rows, "first call, empty caches") == {"fc1": "met"}
+    assert verdicts(rows, "launch, on the CPU") == {"fc1": "missed"}
+
+
+def test_what_failed_is_missed():
+    rows = [row("training", "ViT-B/16 224, batch 64", "step", error="WrongResult: x")]
+    title = "training step, over torch.compile"
+    assert verdicts(rows, title) == {"ViT-B/16 224, batch 64": "missed: WrongResult: x"}
+    (line,) = [line for line in goals.table(rows) if title in line]
+    assert line.endswith("| – | missed |")
+
+
+def test_printed_from_a_file(tmp_path, capsys):
+    about = {"gpu": "H200", "commit": "0123456789", "date": "2026-01-31", "versions": {"torch": "2.13.0"}}
+    rows = [row("linear", "ViT-B/16 224 fc1", ours_ms=1.0, peers={"eager": 1.06})]
+    results.write(tmp_path / "x.json", about | {"rows": rows})
+    assert tables.main(["--goals", str(tmp_path / "x.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "fc1 + GELU" in printed
+    assert "2 met, 0 missed" in printed
+    assert "H200" in printed
+    results.write(tmp_path / "x.json", about | {"gpu": "none", "rows": rows})
+    assert tables.main(["--goals", str(tmp_path / "x.json")]) == 2
+    assert tables.main(["--goals", str(tmp_path / "absent.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_names_that_goals_and_plans_go_by():
+    assert {case.name for case in cases.ATTENTION} >= {*goals.LENGTHS_64, *goals.LENGTHS_80}
+    assert [len(list(part.tasks(EVERYTHING))) for part in (models, sam, training)] == [19, 13, 2]
