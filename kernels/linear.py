@@ -35,6 +35,54 @@ def load_operand(ptrs, row_inside, k_inside, TRANSPOSED: tl.constexpr, EVEN_K: t
 
 
 @triton.jit
+def finish(
+    acc,
+    m,
+    first_n,
+    bias_ptr,
+    pre_ptr,
+    out_ptr,
+    hidden_ptr,
+    M,
+    N,
+    stride_pre_m,
+    stride_out_m,
+    ACTIVATION: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    EXACT: tl.constexpr,
+    HALVINGS: tl.constexpr = 0,
+):
+    """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear``'s. Each halving takes
+    the columns in two parts, one after the other: fewer registers, so that two programs share a multiprocessor."""
+    columns: tl.constexpr = acc.shape[1]
+    if HALVINGS > 0:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, columns // 2)), (0, 2, 1)))
+        # fmt: off
+        finish(left, m, first_n, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
+               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
+        finish(right, m, first_n + columns // 2, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
+               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
+        # fmt: on
+    else:
+        n = first_n + tl.arange(0, columns)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        pre_ptrs = pre_ptr + m[:, None] * stride_pre_m + n[None, :] if pre_ptr is not None else None
+        if BACKWARD:
+            pre = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
+            if hidden_ptr is not None:
+                hidden = activate(pre, ACTIVATION, EXACT)
+                tl.store(hidden_ptr + m[:, None] * N + n[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
+            acc *= activation_derivative(pre, ACTIVATION, EXACT)
+        else:
+            if pre_ptr is not None:
+                tl.store(pre_ptrs, acc.to(pre_ptr.dtype.element_ty), mask=inside)
+            acc = activate(acc, ACTIVATION, EXACT)
+        tl.store(out_ptr + m[:, None] * stride_out_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _linear(
     a_ptr,  # [M, K]
     b_ptr,  # [N, K]
@@ -62,6 +110,7 @@ def _linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    HALVINGS: tl.constexpr = 0,
 ):
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -90,22 +139,10 @@ def _linear(
         a_ptrs += step_a
         b_ptrs += step_b
 
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    pre_ptrs = pre_ptr + m[:, None] * stride_pre_m + n[None, :] if pre_ptr is not None else None
-    if BACKWARD:
-        pre = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
-        if hidden_ptr is not None:
-            hidden = activate(pre, ACTIVATION, EXACT)
-            tl.store(hidden_ptr + m[:, None] * N + n[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
-        acc *= activation_derivative(pre, ACTIVATION, EXACT)
-    else:
-        if pre_ptr is not None:
-            rounded = acc.to(pre_ptr.dtype.element_ty)
-            tl.store(pre_ptrs, rounded, mask=inside)
-        acc = activate(acc, ACTIVATION, EXACT)
-    tl.store(out_ptr + m[:, None] * stride_out_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    # fmt: off
+    finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
+           ACTIVATION, BACKWARD, EXACT, HALVINGS)
+    # fmt: on
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels._tuning import override
 
 import fastvit
 from fastvit import functional, reference
@@ -101,6 +102,17 @@ def test_float32_activations_are_exact(backend, device, activation):
     torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
+def test_nan_and_infinity_come_through(device, dtype, activation):
+    """A model that went wrong has to be seen: a maximum that drops NaN would hide it."""
+    x = torch.tensor([[float("nan")], [float("inf")]], dtype=dtype, device=device)
+    with fastvit.use_backend("triton"):
+        out = functional.linear(x, torch.ones(1, 1, dtype=dtype, device=device), activation=activation)
+    assert out[0].isnan()
+    assert out[1].isposinf()
+
+
 @pytest.mark.parametrize("lead", [(2, 3), (0,), (2, 0), ()], ids=str)
 @pytest.mark.parametrize("activation", ["gelu", None])
 def test_batch_dimensions(backend, device, lead, activation):
@@ -155,6 +167,17 @@ def test_mlp_batch_dimensions(backend, device, lead):
 def test_mlp_layouts(backend, device, layout):
     arguments = _mlp_arguments((2, 7, 16), 40, 24, torch.bfloat16, device)
     _check_mlp({name: lay_out(value, "gaps" if value.dim() == 1 else layout) for name, value in arguments.items()})
+
+
+@pytest.mark.parametrize("op", ["linear", "linear_backward"])
+def test_an_epilogue_in_parts_gives_the_same_bits(device, op):
+    arguments = _mlp_arguments((70, 16), 72, 24, torch.bfloat16, device)
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
+    found = []
+    for halvings in range(3):
+        with fastvit.use_backend("triton"), override(op, tile | {"HALVINGS": halvings}):
+            found.append(run(functional.mlp, arguments))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)
 
 
 @pytest.mark.parametrize("op", ["linear", "mlp"])
