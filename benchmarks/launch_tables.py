@@ -5,13 +5,20 @@ from typing import Any
 
 
 def dump(table: dict[str, Any]) -> str:
-    head = {name: value for name, value in table.items() if name != "ops"}
-    entries = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items())
-    ops = []
-    for op, rows in table["ops"].items():
-        lines = ",\n".join(f"      {json.dumps(row)}" for row in rows)
-        ops.append(f"    {json.dumps(op)}: [\n{lines}\n    ]")
-    return "{\n" + entries + ',\n  "ops": {\n' + ",\n".join(ops) + "\n  }\n}\n"
+    entries = [_sections(name, value) if isinstance(value, dict) else _entry(name, value) for name, value in table.items()]
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _entry(name: str, value: Any) -> str:
+    return f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}"
+
+
+def _sections(name: str, value: dict[str, list]) -> str:
+    sections = []
+    for op, rows in value.items():
+        lines = ",\n".join(f"      {json.dumps(row, ensure_ascii=False)}" for row in rows)
+        sections.append(f"    {json.dumps(op)}: [\n{lines}\n    ]")
+    return f"  {json.dumps(name)}: {{\n" + ",\n".join(sections) + "\n  }"
 
 
 def with_shared_memory(table: dict[str, Any], reports: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Which implementation serves an operator: ``triton`` (the kernels), ``torch`` (PyTorch's own operators) or ``auto``.
 
-``auto`` gives Triton to a GPU that Triton serves and PyTorch to everything else. The choice is process-wide;
-``with use_backend("triton"):`` scopes it and ``FASTVIT_BACKEND`` sets where it starts.
+``auto`` gives Triton to a GPU that Triton serves (and call by call the vendor's operator, where a rule of the tuning table says
+that it is faster) and PyTorch to everything else. The choice is process-wide; ``with use_backend("triton"):`` scopes it and
+``FASTVIT_BACKEND`` sets where it starts.
 """
 
 import os
@@ -102,19 +103,15 @@ def _probe_gpu(index: int) -> str | None:
     return None
 
 
-def resolve(tensor: torch.Tensor, *, float32_products: bool = False, setting: str | None = None) -> str:
-    """``"triton"`` or ``"torch"`` for an operator on ``tensor``.
+def resolve(tensor: torch.Tensor, *, setting: str | None = None) -> str:
+    """``"triton"`` or ``"torch"`` for an operator on ``tensor``; ``setting``: a backend to go by instead of the one in force.
 
-    ``float32_products``: the operator is mostly matrix products, which ``auto`` leaves to PyTorch in float32: the kernels
-    compute them exactly, without tensor cores, where the vendor's library is hard to beat. ``setting``: a backend to go by
-    instead of the one in force.
+    Where ``auto`` gives ``"triton"``, rules may still hand single calls to the vendor's operators (``ops.dispatch``).
 
     Raises ``ValueError`` when ``triton`` was asked for by name and cannot serve the tensor's device or dtype.
     """
     setting = setting or get_backend()
     if setting == "torch" or (setting == "auto" and not tensor.is_cuda):
-        return "torch"
-    if setting == "auto" and float32_products and tensor.dtype == torch.float32:
         return "torch"
     reason = _why_not_gpu(tensor.get_device()) if tensor.is_cuda else why_not_triton(tensor.device)
     if reason is None and tensor.dtype == torch.float64:

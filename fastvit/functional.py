@@ -10,6 +10,7 @@ Wrong input raises ``TypeError`` (not a tensor of a dtype above, mixed dtypes, n
 (shapes, devices, head_dim over 256, a negative eps), naming the argument, its shape and what was expected.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _checks
-from .backend import get_backend, resolve
-from .ops import _instant, torch_backend, torch_image_attention
+from .backend import resolve
+from .ops import _instant, dispatch, torch_backend, torch_image_attention
 from .ops import attention as _attention_op
 from .ops import glu as _glu_op
 from .ops import image_attention as _image_attention_op
@@ -88,9 +89,21 @@ def _attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w):
     query, key, value = _autocast(query, key, value)
     _checks.check_attention(query, key, value, attn_mask, rel_h, rel_w, is_causal, scale)
     scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-    if resolve(query, float32_products=rel_h is None) == "triton":
-        return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+    if resolve(query) == "triton":
+        way = dispatch.attention(query, key, value, attn_mask, rel_h, is_causal, scale, rel_w)
+        if way == "kernel":
+            return _attention_op.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
     return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+
+
+def _attention_by_sdpa(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w):
+    if attn_mask is None and rel_h is None and query.numel() and query.shape[1] == key.shape[1]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+    scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+    return torch_backend.attention(query, key, value, attn_mask, is_causal, scale, rel_h, rel_w)
+
+
+_instant.by_vendor[_attention, "sdpa"] = _attention_by_sdpa
 
 
 def image_attention(
@@ -136,6 +149,8 @@ def _image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window_size, pad_qkv,
         rel_pos_h = torch_image_attention.resized_table(rel_pos_h, window[0])
         rel_pos_w = torch_image_attention.resized_table(rel_pos_w, window[1])
     serving = _image_attention_op if resolve(qkv) == "triton" else torch_image_attention
+    if serving is _image_attention_op:
+        dispatch.image_attention(qkv, window_size)
     return serving.image_attention(qkv, num_heads, rel_pos_h, rel_pos_w, window, pad_qkv, scale)
 
 
@@ -197,7 +212,7 @@ def _add_layer_norm(residual, branch, weight, bias, eps, layer_scale):
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
-    """activation(x·Wᵀ + b), bias and activation in the matrix product's epilogue; PyTorch's own linear, on ``auto``, without one.
+    """activation(x·Wᵀ + b), bias and activation in the product's epilogue, or PyTorch's linear where a rule of ``auto`` says so.
 
     Args:
         input: (..., in).
@@ -216,11 +231,16 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 def _linear(input, weight, bias, activation):
     input, weight, bias = _autocast(input, weight, bias)
     _checks.check_linear(input, weight, bias, activation)
-    if activation is None and input.is_cuda and get_backend() == "auto":  # nothing to fuse
-        return F.linear(input, weight, bias)
-    if resolve(input, float32_products=True) == "triton":
-        return _linear_op.linear(input, weight, bias, activation)
+    if resolve(input) == "triton":
+        way = dispatch.linear(input, weight, bias, activation)
+        if way == "kernel":
+            return _linear_op.linear(input, weight, bias, activation)
+        return dispatch.linear_by(way, input, weight, bias, activation)
     return torch_backend.linear(input, weight, bias, activation)
+
+
+for _name in ("vendor", "vendor_fused"):
+    _instant.by_vendor[_linear, _name] = functools.partial(dispatch.linear_by, _name)
 
 
 def mlp(
@@ -246,10 +266,11 @@ def mlp(
     cast = _autocast(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     _checks.check_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
-    if resolve(input, float32_products=True) == "triton":
+    if resolve(input) == "triton":
         if not torch.compiler.is_compiling() and not wants_grad(*cast):  # nothing is kept for backward: two linears
             return linear(linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
-        return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        if dispatch.linear(input, fc1_weight, fc1_bias, activation) == "kernel":
+            return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 
@@ -372,8 +393,11 @@ def _rotary_attention(
         _checks.check_constant(cos=cos, sin=sin)
         _checks.check_attention(query, key, value, None, None, None, is_causal, scale)
         tables, eps = (_tables(cos), _tables(sin)), float(eps)
-        scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
-        return _rotary_attention_op.rotary_attention(query, key, value, *tables, interleaved, norm, *parameters, eps, scale)
+        score_scale = float(query.shape[-1] ** -0.5 if scale is None else scale)
+        inputs = query, key, value
+        way = dispatch.attention(*inputs, None, None, False, score_scale, *parameters, op="rotary_attention")
+        if way == "kernel":
+            return _rotary_attention_op.rotary_attention(*inputs, *tables, interleaved, norm, *parameters, eps, score_scale)
     query, key = qk_norm_rope(query, key, cos, sin, interleaved=interleaved, norm=norm, eps=eps, **params)
     return attention(query, key, value, attn_mask, is_causal=is_causal, scale=scale)
 
@@ -385,7 +409,7 @@ def _triton_attends(*tensors: Tensor) -> bool:
     device_type = tensors[0].device.type
     if torch.is_autocast_enabled(device_type) and any(t.dtype != torch.get_autocast_dtype(device_type) for t in tensors):
         return False
-    return resolve(tensors[0], float32_products=True) == "triton"
+    return resolve(tensors[0]) == "triton"
 
 
 def glu(gate: Tensor, value: Tensor, *, activation: str = "silu") -> Tensor:

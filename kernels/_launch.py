@@ -59,9 +59,13 @@ def target_of(tensor: torch.Tensor) -> str:
     """The target that ``tensor``'s device compiles for: "sm_90", "gfx942", …, or "interpreter" for a CPU tensor."""
     if _recorded_target is not None:
         return _recorded_target
-    if not tensor.is_cuda:
+    return target_of_device(tensor.device.index) if tensor.is_cuda else INTERPRETED_TARGET
+
+
+def target_of_device(index: int) -> str:
+    """``target_of`` for GPU ``index``; for -1, what a CPU tensor's ``get_device()`` says, "interpreter"."""
+    if index < 0:
         return INTERPRETED_TARGET
-    index = tensor.device.index
     if index not in _targets:
         if torch.version.hip is not None:
             _targets[index] = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]

@@ -2,9 +2,10 @@
 
 A table is ``{"target", "provenance", "shared_memory", "ops": {op: [{"when": {...}, "config": {...}, "shared": n}, ...]}}``.
 ``when`` holds upper bounds; the first row whose every bound holds, and whose ``shared`` bytes of shared memory the GPU has, is
-taken. Nothing is ever tuned at run time. A GPU without a table uses its architecture's, and any other the table ``default``,
-which asks for little. ``FASTVIT_TABLES=DIR`` names a folder of tables in the same format, as ``fastvit tune`` writes them: the
-rows of ``DIR/<target>.json`` come before the committed ones.
+taken. Beside "ops", "dispatch" has rules {"when", "serve", "why", "basis"} for the backend ``auto``: which of an operator's ways
+(``WAYS``) serves a call, why, and whether that was "predicted" or "measured". Nothing is ever tuned at run time. A GPU without a
+table uses its architecture's, and any other the table ``default``, which asks for little. ``FASTVIT_TABLES=DIR`` names a folder
+of tables in the same format, as ``fastvit tune`` writes them: the rows of ``DIR/<target>.json`` come before the committed ones.
 """
 
 import json
@@ -19,6 +20,17 @@ import torch
 
 TABLES = Path(__file__).parent / "tables"
 USER_TABLES = "FASTVIT_TABLES"
+
+# What serves an operator on ``auto``: the kernel; PyTorch's fused attention; the vendor's product, its activation in a pass
+# afterwards, or (in inference, where that is the same function) in the product's own epilogue.
+WAYS = {
+    "attention": ("kernel", "sdpa"),
+    "rotary_attention": ("kernel", "sdpa"),
+    "image_attention": ("kernel",),
+    "linear": ("kernel", "vendor", "vendor_fused"),
+}
+
+Bound = int | str | list[int | None]
 
 # GPUs whose table is another one's, of the same instructions. Rows that ask for more shared memory than there is are passed
 # over. sm_86 and sm_89, whose memory is little beside sm_80's, have the default table, made for it.
@@ -54,13 +66,14 @@ def table(target: str) -> dict[str, Any]:
             raise NotADirectoryError(f"{USER_TABLES}: got {folder!r}, which is no folder; expected one with <target>.json in it")
         return ours
     theirs = _checked(path, ours)
-    return ours | {"ops": {op: theirs.get(op, []) + rows for op, rows in ours["ops"].items()}}
+    return ours | {part: {op: theirs[part].get(op, []) + rows for op, rows in ours[part].items()} for part in ("ops", "dispatch")}
 
 
-def _checked(path: Path, ours: dict[str, Any]) -> dict[str, list]:
-    """The rows of a user's table, each with the operators, bounds and knobs that the committed table has."""
+def _checked(path: Path, ours: dict[str, Any]) -> dict[str, dict[str, list]]:
+    """The "ops" and "dispatch" of a user's table, with the operators, bounds, knobs and ways that the committed table has."""
     try:
-        ops = json.loads(path.read_text())["ops"]
+        theirs = json.loads(path.read_text())
+        ops, rules = theirs["ops"], theirs.get("dispatch", {})
         for op, rows in ops.items():
             configs = [row["config"] for row in ours["ops"][op]]
             needed = set(configs[0]).intersection(*configs)
@@ -70,10 +83,20 @@ def _checked(path: Path, ours: dict[str, Any]) -> dict[str, list]:
                     raise ValueError(f"a row of {op} lacks {', '.join(missing)}")
                 if not all(isinstance(value, int) for value in [*row["config"].values(), *row["when"].values()]):
                     raise ValueError(f"a row of {op} has bounds or knobs that are no integers")
+        for op, row in ((op, row) for op, rows in rules.items() for row in rows):
+            if row["serve"] not in WAYS[op]:
+                raise ValueError(f"a rule of {op} serves {row['serve']!r}, which is none of {', '.join(WAYS[op])}")
+            if not isinstance(row["why"] + row["basis"], str) or not all(map(_is_bound, row["when"].values())):
+                raise ValueError(f"a rule of {op} has bounds that are no number, word or pair of numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"no operator or entry {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"{USER_TABLES}: {path} is not a tuning table: {what}") from None
-    return ops
+    return {"ops": ops, "dispatch": rules}
+
+
+def _is_bound(bound: Any) -> bool:
+    pair = isinstance(bound, list) and len(bound) == 2 and all(end is None or isinstance(end, int) for end in bound)
+    return pair or isinstance(bound, int | str)
 
 
 def targets() -> list[str]:
@@ -101,7 +124,30 @@ def first_fitting(rows: list[dict], shape: dict[str, int], limit: int | None) ->
     return None
 
 
-_override: tuple[str, dict[str, int]] | None = None
+def admits(when: dict[str, Bound], call: dict[str, Any]) -> bool:
+    """Whether a rule's conditions hold for a call: a number bounds from above, a pair from both sides (None: no bound), a word
+    has to be equal. What is bounded has to be there."""
+    for name, bound in when.items():
+        value = call.get(name)
+        if value is None or isinstance(bound, str) or isinstance(value, str):
+            if value != bound:
+                return False
+        elif isinstance(bound, int):
+            if value > bound:
+                return False
+        else:
+            low, high = bound
+            if (low is not None and value < low) or (high is not None and value > high):
+                return False
+    return True
+
+
+def rules(op: str, target: str) -> list[dict[str, Any]]:
+    """The dispatch rules of ``op`` on ``target``, first come first served; the last has no conditions."""
+    return table(target)["dispatch"][op]
+
+
+_override: dict[str, dict[str, Any]] = {}
 _asked: Callable[[str, dict[str, int]], None] | None = None
 
 
@@ -110,8 +156,8 @@ def config(op: str, target: str, **shape: int) -> dict[str, int]:
     """The launch config of ``op`` for these shape numbers."""
     if _asked is not None:
         _asked(op, shape)
-    if _override is not None and _override[0] == op:
-        return _override[1]
+    if op in _override:
+        return _override[op]
     limit = shared_memory(target)
     row = first_fitting(table(target)["ops"][op], shape, limit)
     if row is None:
@@ -120,16 +166,22 @@ def config(op: str, target: str, **shape: int) -> dict[str, int]:
     return row["config"]
 
 
+def overridden(op: str) -> dict[str, Any] | None:
+    """What ``override`` holds ``op`` to at the moment."""
+    return _override.get(op)
+
+
 def tuning() -> bool:
     """Whether configs are overridden or collected at the moment, so that none may be remembered."""
-    return _override is not None or _asked is not None
+    return bool(_override) or _asked is not None
 
 
 @contextmanager
-def override(op: str, candidate: dict[str, int]) -> Iterator[None]:
-    """Inside, ``op`` is launched with ``candidate`` whatever its shape: how candidates are measured. Not for several threads."""
+def override(op: str, candidate: dict[str, Any]) -> Iterator[None]:
+    """Inside, ``op`` is launched with ``candidate`` whatever its shape ("dispatch <op>": served as its "serve" says): how
+    candidates are measured. Not for several threads."""
     global _override
-    previous, _override = _override, (op, candidate)
+    previous, _override = _override, _override | {op: candidate}
     config.cache_clear()
     try:
         yield

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import torch
 import triton
+from fastvit.kernels import _tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -19,6 +20,7 @@ from triton.backends.compiler import GPUTarget
 import fastvit
 from benchmarks.overhead import operators, pretend_tensors
 from fastvit import functional as F
+from fastvit.ops import dispatch
 
 warnings.simplefilter("ignore")
 launches: list[tuple] = []
@@ -353,6 +355,36 @@ def bad_input_is_refused_after_good():
     except TypeError:
         return
     raise AssertionError("is_causal=1 was not refused")
+
+
+@scenario
+def what_a_rule_leaves_to_the_vendor():
+    """It is decided once a signature; then nothing stands before PyTorch's operator, until somebody wants to know why."""
+    asked, own = [], _tuning.rules
+    rule = {"when": {"queries": [5, None]}, "serve": "sdpa", "why": "a test", "basis": "measured"}
+    served = {"when": {}, "serve": "vendor", "why": "a test", "basis": "measured"}
+    _tuning.rules = lambda op, target: asked.append(op) or ([rule, *own(op, target)] if op == "attention" else [served])
+    dispatch.forget()
+    try:
+        q, k, v = fresh(1, 5, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+        x, w, b = fresh(3, 16), fresh(8, 16), fresh(8)
+        for op, call in (("attention", lambda: F.attention(q, k, v)), ("linear", lambda: F.linear(x, w, b, activation="relu"))):
+            first, noted, _ = made(call)
+            assert noted == []
+            assert asked.pop() == op
+            dispatch.forget()
+            second, _, _ = made(call)
+            assert asked == [], "it was decided again"
+            assert torch.equal(first, second)
+            assert first.stride() == second.stride()
+            with dispatch.collect() as found:
+                call()
+            assert [way for way in found.values() if way.endswith("a test (measured)")]
+            asked.clear()
+        assert made(lambda: F.attention(q[:, :, :4], k, v))[1], "another signature"
+    finally:
+        _tuning.rules = own
+        dispatch.forget()
 
 
 def main():

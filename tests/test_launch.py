@@ -35,6 +35,7 @@ NAMES = [
     "modes_see_the_operator",
     "tensors_negated_when_read",
     "bad_input_is_refused_after_good",
+    "what_a_rule_leaves_to_the_vendor",
 ]
 
 

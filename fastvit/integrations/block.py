@@ -112,28 +112,28 @@ def compute(
     run, ops = _post_norm if layout.post_norm else _pre_norm, TRITON if chosen == "triton" else TORCH
     if chosen == "torch" or pinned == "auto":
         return run(parts, layout, ops, chosen, x, call, next_norm)
-    with _held_to(chosen, x):
+    with _held_to(pinned):
         return run(parts, layout, ops, chosen, x, call, next_norm)
 
 
 def compute_multihead(module: Any, call: multihead.MultiheadCall, pinned: str = "auto") -> tuple[Tensor, None]:
     """The output of a ``torch.nn.MultiheadAttention`` for a call."""
     chosen = choose_backend(pinned, call.query)
-    with _held_to(chosen, call.query):
+    with _held_to(pinned):
         return multihead.compute(module, TRITON if chosen == "triton" else TORCH, call)
 
 
 def compute_decoder(module: Any, layout: decoder.DecoderLayout, call: decoder.DecoderCall, pinned: str = "auto") -> Any:
     """The output of a mask decoder's attention for a call."""
     chosen = choose_backend(pinned, call.query)
-    with _held_to(chosen, call.query):
+    with _held_to(pinned):
         return decoder.compute(module, layout, TRITON if chosen == "triton" else TORCH, call)
 
 
 def compute_two_way(module: Any, layout: two_way.TwoWayLayout, call: two_way.TwoWayCall, pinned: str = "auto") -> Any:
     """The outputs of a mask decoder's two-way block for a call."""
     chosen = choose_backend(pinned, call.tokens)
-    with _held_to(chosen, call.tokens):
+    with _held_to(pinned):
         ops = TRITON if chosen == "triton" else TORCH
 
         def add_norm(residual: Tensor, branch: Tensor, norm: Any, owned: bool) -> Tensor:
@@ -142,9 +142,9 @@ def compute_two_way(module: Any, layout: two_way.TwoWayLayout, call: two_way.Two
         return two_way.compute(module, layout, ops, call, add_norm, functools.partial(_mlp, Parts(module), layout, ops))
 
 
-def _held_to(chosen: str, x: Tensor) -> AbstractContextManager:
-    """Holds the operators to Triton where the block is pinned to it and the setting in force is another."""
-    if chosen != "triton" or backend.resolve(x) == "triton":
+def _held_to(pinned: str) -> AbstractContextManager:
+    """Holds the operators to the kernels where the block is pinned to them and the setting in force is another."""
+    if pinned != "triton" or backend.get_backend() == "triton":
         return nullcontext()
     use_backend = backend.use_backend if torch.compiler.is_compiling() else backend.use_backend_in_thread
     return use_backend("triton")

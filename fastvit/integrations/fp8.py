@@ -95,9 +95,11 @@ def why_not_now(block: nn.Module, call: Call, pinned: str) -> str | None:
     return None if reason is None else f"FP8 cannot serve it on {x.device}: {reason}"
 
 
-def compute(block: nn.Module, layout: Layout, weights: Weights, call: Call, known: Known | None = None) -> Tensor:
+def compute(
+    block: nn.Module, layout: Layout, weights: Weights, call: Call, pinned: str = "auto", known: Known | None = None
+) -> Tensor:
     """The block's output for a call that ``why_not_now`` admits; ``known``: descendants looked up before."""
-    with plain._held_to("triton", call.hidden):
+    with plain._held_to(pinned):
         return _pre_norm(Parts(block, None if known is None else known.children), layout, weights, call)
 
 

@@ -103,7 +103,7 @@ def _derive(cls: Any) -> type:
         if isinstance(call, two_way.TwoWayCall):
             return compute_two_way(self, serving.layout, call, serving.backend)
         if serving.fp8_weights is not None:
-            out = fp8.compute(self, serving.layout, serving.fp8_weights, call, known)
+            out = fp8.compute(self, serving.layout, serving.fp8_weights, call, serving.backend, known)
         else:
             out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
         return out if call.present is None else nested_again(out, call.present)

@@ -2,7 +2,8 @@
 
 A call's signature is all that decides what it does: the backend in force and, of every tensor, shape, strides, dtype, device
 and alignment, beside every other argument. The first call of a signature runs whole, is observed, and leaves a recipe if all it
-did was to launch kernels on its arguments and its results; copies, scratch memory and PyTorch's own operators leave none.
+did was to launch kernels on its arguments and its results, or to go to the vendor's operator by a rule; copies, scratch memory
+and other operators of PyTorch's leave none.
 Where anything else has a say (a gradient, autocast, a compiler, a mode, a trace, a hook), a call runs whole.
 """
 
@@ -14,11 +15,16 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..backend import get_backend
+from . import dispatch
 from ._common import kernels, nothing_between
 
 MAX_RECIPES = 4096
 
-_recipes: dict[tuple, "_Recipe | None"] = {}
+Recipe = Callable[[tuple, list[int]], Any]
+
+_recipes: dict[tuple, Recipe | None] = {}
+
+by_vendor: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (operator, way) → what it comes to, checks left out
 
 
 class _Recipe:
@@ -27,7 +33,8 @@ class _Recipe:
     def __init__(self, plan: Any, results: list[tuple], single: bool):
         self.plan, self.results, self.single = plan, results, single
 
-    def __call__(self, like: Tensor, pointers: list[int]) -> Any:
+    def __call__(self, args: tuple, pointers: list[int]) -> Any:
+        like = args[0]
         results = tuple([like.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in self.results])
         pointers += [result.data_ptr() for result in results]
         self.plan.run(pointers)
@@ -43,7 +50,7 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     if (grad and first.requires_grad) or not nothing_between() or torch.is_autocast_enabled("cuda"):
         return function(*args)
     backend = get_backend()
-    if backend == "torch" or forward_ad._current_level >= 0 or not kernels._plans.undisturbed():
+    if backend == "torch" or forward_ad._current_level >= 0 or dispatch.collecting() or not kernels._plans.undisturbed():
         return function(*args)
     device = first.get_device()
     signature: list[Any] = [function, backend, device]
@@ -65,7 +72,7 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
     key = tuple(signature)
     recipe = _recipes.get(key)
     if recipe is not None:
-        return recipe(first, pointers)
+        return recipe(args, pointers)
     if key in _recipes or 0 in pointers or len(set(pointers)) < len(pointers):  # tensors are told apart by where they lie
         return function(*args)
     return _observed(key, function, args, pointers)
@@ -75,13 +82,16 @@ _SCALARS = (type(None), bool, int, float, str)
 
 
 def _observed(key: tuple, function: Callable[..., Any], args: tuple, pointers: list[int]) -> Any:
-    with kernels._launch.observe() as made:
+    with kernels._launch.observe() as made, dispatch.taken() as ways:
         out = function(*args)
     results = (out,) if isinstance(out, Tensor) else out
     pointers += [result.data_ptr() for result in results]
     used = {value.data_ptr() for _, _, arguments, _ in made for value in arguments.values() if isinstance(value, Tensor)}
-    recipe = None
-    if all(result.data_ptr() in used for result in results):
+    recipe: Recipe | None = None
+    vendor = by_vendor.get((function, ways[0])) if len(ways) == 1 and not made else None
+    if vendor is not None:
+        recipe = lambda args, pointers: vendor(*args)  # noqa: E731
+    elif all(result.data_ptr() in used for result in results):
         places = {pointer: index for index, pointer in enumerate(pointers)}
         plan = kernels._plans.plan_of(args[0].get_device(), made, lambda tensor: places.get(tensor.data_ptr()))
         recipe = plan and _Recipe(plan, [(r.shape, r.stride(), r.dtype) for r in results], isinstance(out, Tensor))

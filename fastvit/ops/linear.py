@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..backend import get_backend
+from . import dispatch
 from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad
 
 
@@ -39,7 +39,7 @@ def _product(
     """a [M, K] · b [N, K]ᵀ + bias → [M, N], or ``shape`` of as many elements: allocated so, since a result that is a view
     refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
     out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
-    if activation is None and pre is None and hidden is None and left_to_vendor():
+    if activation is None and pre is None and hidden is None and left_to_vendor(a, b):
         a = _matrix(a)
         rows = out if out.dim() == 2 else out.view(a.shape[0], b.shape[0])
         with torch.no_grad():  # raw operators record nothing, and out= refuses tensors that want a gradient
@@ -49,9 +49,9 @@ def _product(
     return out
 
 
-def left_to_vendor() -> bool:
-    """Whether a product with nothing to fuse goes to the vendor's library: on ``auto``."""
-    return get_backend() == "auto" and not kernels._launch.recording()
+def left_to_vendor(a: Tensor, b: Tensor) -> bool:
+    """Whether a product with nothing to fuse goes to the vendor's library: on ``auto``, by the rules."""
+    return not kernels._launch.recording() and dispatch.product(a, b) != "kernel"
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

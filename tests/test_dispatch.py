@@ -1,0 +1,346 @@
+"""On ``auto``, which way serves a call: rules, promises that go before them, what is said of it; the interpreter is the GPU here.
+
+``functional.resolve`` is told that Triton serves the CPU; rules are those of a user's table for the interpreter, or committed.
+"""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastvit.kernels import _tuning
+
+import fastvit
+from fastvit import functional
+from fastvit.ops import dispatch
+
+SDPA = {"when": {"queries": [5, None]}, "serve": "sdpa", "why": "long", "basis": "measured"}
+KERNEL = {"when": {}, "serve": "kernel", "why": "short", "basis": "measured"}
+
+
+def _forget():
+    for remembered in (_tuning.committed, _tuning.table, _tuning.config):
+        remembered.cache_clear()
+    dispatch.forget()
+
+
+@pytest.fixture
+def rules(monkeypatch, tmp_path):
+    """``rules(op, *rows)``: the user's rules; the interpreter is served by Triton on ``auto``."""
+
+    def write(op, *rows):
+        table = {"target": "interpreter", "provenance": "a test", "ops": {}, "dispatch": {op: list(rows)}}
+        (tmp_path / "interpreter.json").write_text(json.dumps(table))
+        monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
+        _forget()
+
+    monkeypatch.setattr(functional, "resolve", lambda tensor: "triton" if fastvit.get_backend() != "torch" else "torch")
+    with fastvit.use_backend("auto"):
+        yield write
+    monkeypatch.undo()
+    _forget()
+
+
+@pytest.fixture
+def sdpa_calls(monkeypatch):
+    """One entry a call of PyTorch's fused attention."""
+    calls, own = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(a[0].shape) or own(*a, **k))
+    return calls
+
+
+def _qkv(queries=6, dim=16, heads=2, **options):
+    return [torch.randn(1, heads, queries, dim, **options) for _ in range(3)]
+
+
+# --- conditions -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("when", "holds"),
+    [
+        ({}, True),
+        ({"queries": 6}, True),
+        ({"queries": 5}, False),
+        ({"queries": [6, None]}, True),
+        ({"queries": [7, None]}, False),
+        ({"queries": [None, 5]}, False),
+        ({"queries": [6, 6]}, True),
+        ({"kind": "plain"}, True),
+        ({"kind": "masked"}, False),
+        ({"kind": "plain", "queries": 5}, False),
+        ({"nosuch": 5}, False),
+        ({"kind": 5}, False),
+    ],
+)
+def test_conditions(when, holds):
+    assert _tuning.admits(when, {"kind": "plain", "queries": 6}) is holds
+
+
+@pytest.mark.parametrize("target", [*_tuning.targets(), "default"])
+def test_committed_rules(target):
+    table = _tuning.committed(target)["dispatch"]
+    assert table.keys() == _tuning.WAYS.keys()
+    for op, rows in table.items():
+        assert rows[-1]["when"] == {}, op
+        assert all(row["serve"] in _tuning.WAYS[op] and row["why"] and row["basis"] == "predicted" for row in rows), op
+
+
+def _committed(target, op, **call):
+    call = {"library": "cudnn", "dtype": "half", "kind": "plain", "pass": "inference", "activation": "none"} | call
+    return next(row["serve"] for row in _tuning.committed(target)["dispatch"][op] if _tuning.admits(row["when"], call))
+
+
+@pytest.mark.parametrize(
+    ("target", "way", "call"),
+    [
+        ("sm_90", "kernel", {"head_dim": 64, "queries": 197, "keys": 197}),
+        ("sm_90", "sdpa", {"head_dim": 64, "queries": 4097, "keys": 4097}),
+        ("sm_90", "kernel", {"head_dim": 64, "queries": 4097, "keys": 4097, "library": "flash"}),
+        ("sm_90", "kernel", {"head_dim": 80, "queries": 4096, "keys": 4096}),
+        ("sm_90", "kernel", {"head_dim": 64, "queries": 7, "keys": 4096}),
+        ("sm_90", "kernel", {"head_dim": 64, "queries": 4096, "keys": 4096, "kind": "masked"}),
+        ("sm_90", "sdpa", {"head_dim": 64, "queries": 1370, "keys": 1370, "pass": "training"}),
+        ("sm_90", "sdpa", {"head_dim": 64, "queries": 7, "keys": 7, "kind": "masked", "dtype": "float32"}),
+        ("sm_90", "kernel", {"head_dim": 64, "queries": 7, "keys": 7, "kind": "positions", "dtype": "float32"}),
+        ("default", "kernel", {"head_dim": 64, "queries": 4097, "keys": 4097}),
+    ],
+)
+def test_what_is_predicted_for_attention(target, way, call):
+    assert _committed(target, "attention", **call) == way
+
+
+def test_products_with_nothing_to_fuse_and_in_float32_are_the_vendors():
+    for target in [*_tuning.targets(), "default"]:
+        sizes = {"rows": 12608, "width": 768, "outputs": 3072}
+        assert _committed(target, "linear", **sizes) == "vendor"
+        assert _committed(target, "linear", **sizes, activation="gelu") == "kernel"
+        assert _committed(target, "linear", **sizes, activation="gelu", dtype="float32") == "vendor"
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (SDPA | {"serve": "flash"}, "serves 'flash', which is none of kernel, sdpa"),
+        (SDPA | {"when": {"queries": [1]}}, "no number, word or pair of numbers"),
+        ({"when": {}, "serve": "sdpa", "basis": "measured"}, "no operator or entry 'why'"),
+    ],
+)
+def test_rules_that_are_none_are_refused_by_name(rules, tmp_path, rule, message):
+    rules("attention", rule)
+    with pytest.raises(ValueError, match=message) as caught:
+        functional.attention(*_qkv())
+    assert str(tmp_path / "interpreter.json") in str(caught.value)
+
+
+# --- attention ------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_goes_where_the_rule_says(rules, sdpa_calls):
+    rules("attention", SDPA, KERNEL)
+    for queries, served in ((4, 0), (5, 1)):
+        q, k, v = _qkv(queries)
+        out = functional.attention(q, k, v)
+        assert len(sdpa_calls) == served
+        torch.testing.assert_close(out, fastvit.reference.attention(q, k, v))
+
+
+def test_gradients_are_sdpas_own(rules, sdpa_calls):
+    rules("attention", SDPA, KERNEL)
+    tensors = _qkv(requires_grad=True)
+    upstream = torch.randn(1, 2, 6, 16)
+    grads = torch.autograd.grad(functional.attention(*tensors, is_causal=True), tensors, upstream)
+    assert len(sdpa_calls) == 1
+    expected = torch.autograd.grad(fastvit.reference.attention(*tensors, is_causal=True), tensors, upstream)
+    for ours, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def test_named_backends_ask_no_rule(rules, sdpa_calls):
+    rules("attention", SDPA)
+    with fastvit.use_backend("triton"):
+        functional.attention(*_qkv())
+    assert sdpa_calls == []
+    with fastvit.use_backend("torch"):
+        functional.attention(*_qkv(1))
+    assert len(sdpa_calls) == 1
+
+
+def test_promises_go_before_rules(rules, sdpa_calls):
+    rules("attention", SDPA | {"when": {}})
+    tensors = _qkv(requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        functional.attention(*tensors)
+        assert sdpa_calls == []
+        functional.attention(*(t.detach() for t in tensors))
+        assert len(sdpa_calls) == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for scale in (-0.5, 0.0):
+        functional.attention(*_qkv(), scale=scale)
+    assert len(sdpa_calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "call"),
+    [
+        ("plain", {}),
+        ("causal", {"is_causal": True}),
+        ("masked", {"attn_mask": torch.ones(6, 6, dtype=torch.bool), "is_causal": True}),
+        ("positions", {"rel_h": torch.zeros(1, 2, 6, 2), "rel_w": torch.zeros(1, 2, 6, 3)}),
+    ],
+)
+def test_kinds(rules, kind, call):
+    rules("attention", KERNEL)
+    with dispatch.collect() as found:
+        functional.attention(*_qkv(), **call)
+    assert found == {f"attention: {kind}, float32, inference, head_dim 16, queries 6, keys 6": "kernel: short (measured)"}
+
+
+def test_what_sdpa_has_no_fast_kernel_for_is_irregular(rules):
+    rules("attention", KERNEL)
+    q, k, v = _qkv()
+    for tensors in ((q, k[:, :1], v[:, :1]), (q, k, v[..., :8]), (q[..., :12], k[..., :12], v[..., :12])):
+        with dispatch.collect() as found:
+            functional.attention(*tensors)
+        assert next(iter(found)).startswith("attention: irregular")
+
+
+def test_empty_batches_and_masked_rows_keep_the_contract(rules, sdpa_calls):
+    rules("attention", SDPA | {"when": {}})
+    q, k, v = _qkv()
+    assert functional.attention(q[:0], k[:0], v[:0]).shape == (0, 2, 6, 16)
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[2] = False
+    assert functional.attention(q, k, v, mask)[:, :, 2].eq(0).all()
+    assert len(sdpa_calls) == 1
+
+
+def test_compiled_graphs_are_dispatched_by_the_same_rules(rules):
+    rules("attention", SDPA, KERNEL)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(functional.attention, fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for queries in (3, 6, 4, 7):
+            q, k, v = _qkv(queries)
+            torch.testing.assert_close(compiled(q, k, v), fastvit.reference.attention(q, k, v))
+    assert [any("scaled_dot_product" in name for name in names) for names in graphs] == [False, True]
+
+
+def test_an_exported_graph_goes_by_the_smallest_size(rules):
+    rules("attention", SDPA, KERNEL)
+
+    class Block(torch.nn.Module):
+        def forward(self, q, k, v):
+            return functional.attention(q, k, v)
+
+    tokens = torch.export.Dim("tokens", max=64)
+    shapes = {name: {2: tokens} for name in "qkv"}
+    program = torch.export.export(Block(), tuple(_qkv(6)), dynamic_shapes=shapes)
+    assert "fastvit.attention_forward" in str(program.graph)
+
+
+# --- rotary attention, linears --------------------------------------------------------------------------------------------
+
+
+def test_rotary_attention_comes_apart_where_sdpa_serves(rules, sdpa_calls):
+    rules("rotary_attention", SDPA, KERNEL)
+    cos, sin = torch.rand(6, 16), torch.rand(6, 16)
+    q, k, v = _qkv()
+    with dispatch.collect() as found:
+        functional.rotary_attention(q, k, v, cos, sin)
+        functional.rotary_attention(q[:, :, :4], k[:, :, :4], v[:, :, :4], cos[:4], sin[:4])
+    ways = [way.split(":")[0] for what, way in found.items() if what.startswith("rotary")]
+    assert ways == ["sdpa", "kernel"]
+
+
+LINEAR = {"why": "a test", "basis": "measured"}
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "relu"])
+@pytest.mark.parametrize("way", ["kernel", "vendor", "vendor_fused"])
+def test_linears_by_every_way(rules, way, activation):
+    rules("linear", {"when": {}, "serve": way} | LINEAR)
+    x, w, b = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    exact = fastvit.reference.linear(x, w, b, activation=activation)
+    with dispatch.collect() as found:
+        torch.testing.assert_close(functional.linear(x, w, b, activation=activation), exact, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(functional.linear(x, w, activation=activation).shape, exact.shape)
+    kind = "none, float32" if activation is None else f"{activation}, float32, inference"
+    assert found == {f"linear: {kind}, rows 6, width 8, outputs 5": f"{way}: a test (measured)"}
+
+
+def test_the_vendors_epilogue_serves_inference_alone(rules, monkeypatch):
+    rules("linear", {"when": {}, "serve": "vendor_fused"} | LINEAR)
+    calls, own = [], torch._addmm_activation
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *a, **k: calls.append(1) or own(*a, **k))
+    x, w, b = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5)
+    functional.linear(x, w, b, activation="relu").sum().backward()
+    assert w.grad is not None
+    assert calls == []
+    functional.linear(x, w.detach(), b, activation="relu")
+    assert len(calls) == 1
+    functional.linear(x, w.detach(), activation="relu")
+    functional.linear(x, w.detach(), b, activation="gelu")
+    assert len(calls) == 1
+
+
+def test_an_mlp_in_training_follows_its_first_linear(rules, monkeypatch):
+    rules(
+        "linear",
+        {"when": {"outputs": [16, None], "pass": "training"}, "serve": "vendor"} | LINEAR,
+        {"when": {}, "serve": "kernel"} | LINEAR,
+    )
+    fused = []
+    own = functional._linear_op.mlp
+    monkeypatch.setattr(functional._linear_op, "mlp", lambda *a: fused.append(1) or own(*a))
+    for hidden, served in ((8, 1), (16, 1)):
+        x, w1, w2 = torch.randn(3, 4, requires_grad=True), torch.randn(hidden, 4), torch.randn(4, hidden)
+        functional.mlp(x, w1, None, w2, None).sum().backward()
+        assert len(fused) == served
+
+
+def test_products_of_a_backward_pass_follow_their_rules(rules):
+    rules("linear", {"when": {"outputs": 8}, "serve": "kernel"} | LINEAR, {"when": {}, "serve": "vendor"} | LINEAR)
+    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(24, 8, requires_grad=True)
+    with dispatch.collect() as found:
+        functional.linear(x, w, None, activation="relu").sum().backward()
+    assert len(found) >= 1
+    with dispatch.collect() as found:
+        assert dispatch.product(torch.randn(3, 4), torch.randn(8, 4)) == "kernel"
+        assert dispatch.product(torch.randn(3, 4), torch.randn(9, 4)) == "vendor"
+    assert len(found) == 2
+
+
+# --- what is said of it ---------------------------------------------------------------------------------------------------
+
+
+def test_image_attention_is_noted(rules):
+    with dispatch.collect() as found:
+        functional.image_attention(torch.randn(1, 2, 2, 96), num_heads=2)
+    ((what, way),) = found.items()
+    assert what == "image_attention: global, tokens 4"
+    assert way.startswith("kernel: no operator of a vendor's")
+
+
+def test_nothing_is_collected_outside(rules):
+    with dispatch.collect() as found:
+        pass
+    functional.attention(*_qkv())
+    assert found == {}
+
+
+def test_an_override_goes_before_rules(rules, sdpa_calls):
+    rules("attention", KERNEL)
+    with _tuning.override("dispatch attention", {"serve": "sdpa"}):
+        functional.attention(*_qkv())
+    assert len(sdpa_calls) == 1
+    functional.attention(*_qkv())
+    assert len(sdpa_calls) == 1
