@@ -48,7 +48,7 @@ compatibility: $(VENV)/.dev  ## measure every family that is served and write do
 	$(BIN)/python -m benchmarks.compatibility $(ARGS)
 
 # A GPU machine usually has its own PyTorch and perhaps no network: use the active Python where it sees a GPU.
-gpu:  ## the tests and the kernels' timings on a GPU (PART=..., OUT=...); exits 2 where there is none
+gpu:  ## check and time the kernels on a GPU, then the tests (PART=smoke, PART=first, ..., OUT=...); exits 2 where there is none
 	@if $(PYTHON) -c "$(SEES_A_GPU)" 2>/dev/null; then python="$(PYTHON)"; \
 	elif [ -x $(BIN)/python ]; then python=$(BIN)/python; \
 	else echo "make gpu: $(PYTHON) has no PyTorch that sees a GPU, and there is no $(VENV); nothing was run" >&2; exit 2; fi; \

@@ -57,7 +57,7 @@ def run(part: str, index: int, row: results.Row, settings: Settings) -> None:
         cold = ask("ours", Path(folder))
         row |= {"ours_ms": cold["first_ms"], "second_call_ms": cold["second_ms"]}
         row["warm_cache_ms"] = ask("ours", Path(folder))["first_ms"]
-    reason = settings.why_not_compiled()
+    reason = settings.why_not("compile") or settings.why_not_compiled()
     if reason is None:
         try:
             with tempfile.TemporaryDirectory() as folder:

@@ -200,9 +200,13 @@ def findings(rows: list[Row], goals: Iterable[Goal] = GOALS) -> Iterator[Finding
 
 
 def _asks(goal: Goal, row: Row) -> bool:
-    named = any(fnmatch.fnmatch(row["case"], case) for case in goal.cases)
-    same = all(fnmatch.fnmatch(row[key], wanted) for key, wanted in (("op", goal.op), ("pass", goal.direction)))
-    return named and same and (goal.direction != "*" or row["pass"] in ("forward", "backward"))
+    return fnmatch.fnmatch(row["op"], goal.op) and named(row, goal.cases, goal.direction)
+
+
+def named(row: Row, cases: Iterable[str], direction: str) -> bool:
+    """Whether a row is of one of the cases and of that pass (globs; any pass is forward or backward)."""
+    passes = ("forward", "backward") if direction == "*" else (direction,)
+    return row["pass"] in passes and any(fnmatch.fnmatch(row["case"], case) for case in cases)
 
 
 def listed(rows: list[Row]) -> list[str]:

@@ -34,7 +34,9 @@ def run(case: cases.Case, row: results.Row, settings: Settings) -> None:
         timing = host_time(functools.partial(ours, **inputs), settings)
     row |= {"ours_ms": timing.ms, "ours_spread": timing.spread, "p95_ms": timing.p95_ms}
     for name in PEERS:
-        if name in competing:
+        if settings.why_not(name):
+            row["unavailable"][name] = str(settings.why_not(name))
+        elif name in competing:
             try:
                 row["peers"][name] = host_time(functools.partial(competing[name].build(), **inputs), settings).ms
             except Exception as error:  # a peer that does not run here is no result of ours

@@ -70,7 +70,7 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
             row = results.new_row(case.name, case.op, direction, settings.dtype, sized.shape)
             if results.key(row) not in seen:
                 seen.add(results.key(row))
-                yield Task(row, functools.partial(run_case, sized))
+                yield Task(row, functools.partial(run_case, sized), contestants=tuple(peers.contestants(sized)[2]))
 
 
 def _why_not(case: Problem, name: str, peer: peers.Peer, direction: str, settings: Settings) -> str | None:
@@ -79,6 +79,8 @@ def _why_not(case: Problem, name: str, peer: peers.Peer, direction: str, setting
             return "not run on a CPU"
         if name == "compile" and isinstance(case, Attention) and case.rel is None:
             return "compiled, it is sdpa again"
+    if settings.why_not(name):
+        return settings.why_not(name)
     if peer.mode is None:
         return None
     if peer.mode.startswith("max-autotune") and direction == "backward":

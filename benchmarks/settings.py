@@ -3,7 +3,6 @@
 import fnmatch
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from .results import NO_TIME, Row
 
@@ -48,8 +47,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Task:
-    """A row to measure: ``row`` as it is before, ``measure(row, settings)`` fills it."""
+    """A row to measure: ``row`` as it is before, ``measure(row, settings)`` fills it.
+
+    ``only``: globs of the contestants that are wanted; ``contestants``: an operator's peers; ``seconds``: an estimate.
+    """
 
     row: Row
     measure: Callable[[Row, Settings], None] = field(compare=False)
-    context: dict[str, Any] = field(default_factory=dict, compare=False)
+    only: tuple[str, ...] = ("*",)
+    contestants: tuple[str, ...] = ()
+    seconds: float = 0.0

@@ -1,8 +1,9 @@
 """A run of the benchmarks: parts, one row after another, against a deadline, each row saved as it comes.
 
-A part is what its name says of ``PARTS``. Rows that a file of the same day and commit has already are not measured again,
-unless something in them failed or was left out for want of time. After the deadline nothing more is begun; from a share of a
-part's time on nothing is compiled, and the rows say so.
+A part is what its name says of ``PARTS``; ``first`` is a choice out of all of them (``plan``). Rows that a file of the same day
+and commit has already are not measured again, unless something in them failed or was left out for want of time. After the
+deadline nothing more is begun; from a share of a part's time on nothing is compiled, and the rows say so. In ``first``
+everything is compiled, and a row that would not be done in time is left to the next run.
 """
 
 import datetime
@@ -16,19 +17,24 @@ from pathlib import Path
 
 import torch
 
-from . import cases, cpu_models, first_call, launches, measure, models, operators, results, sam, training
+from . import cases, cpu_models, first_call, launches, measure, models, operators, plan, results, sam, training
 from .settings import Settings, Task
 
 OPERATORS = tuple(cases.ALL)
 WHOLE = ("models", "sam", "training", "launches", "first_call")
 PARTS = (*OPERATORS, *WHOLE)
+FIRST = "first"
 CPU_PARTS = ("models", *OPERATORS)
 COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out
+LIMIT_S = 150.0  # a whole model's contestant on a GPU, compiling included
+GRACE_S = 40.0  # a row of ``first`` may end so long after the deadline
 CPU_MODELS_SHARE = 0.6  # of the whole time on a CPU goes to whole models
 
 
 def tasks(part: str, settings: Settings) -> Iterator[Task]:
     """The rows of a part. Raises ``ValueError`` for one that the device does not have."""
+    if part == FIRST:
+        return plan.first(lambda name: tasks(name, settings))
     if part in cases.ALL:
         return operators.tasks(part, settings)
     if settings.device == "cpu" and not settings.dry:
@@ -109,14 +115,15 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
     older = results.read(path) if path is not None and path.exists() else None
     if older is not None and older["commit"] != about["commit"]:
         older = None
-    base = Settings(job.device, {}, dry=job.dry, quick=job.quick)
+    base = Settings(job.device, {}, dry=job.dry, quick=job.quick, limit_s=LIMIT_S if job.device == "cuda" else None)
     planned = {part: [task for task in tasks(part, base) if job.matches(task.row)] for part in job.parts}
+    if job.device == "cuda":
+        planned = plan.estimated(planned, base)
     if not any(planned.values()):
         raise ValueError(f"case {job.case!r} is the name of none in the parts {', '.join(job.parts)}")
     ceilings = ceilings_of(job.device, job.dry, job.quick)
     result = about | ceilings | {"quick": job.quick, "rows": [], "not_begun": []}
     tried = {results.key(row): row for row in older["rows"]} if older else {}  # again, but after what was never begun
-    done = {results.key(row) for row in older["rows"] if results.is_complete(row)} if older else set()
     try:
         for index, part in enumerate(planned):
             left = job.deadline_s - (time.monotonic() - begun)
@@ -124,15 +131,20 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
             if job.device == "cpu" and part == "models" and len(planned) > 1:
                 share = left * CPU_MODELS_SHARE
             ends = time.monotonic() + COMPILING_SHARE * max(share, 0)
-            settings = replace(base, ceilings=ceilings, late=functools.partial(lambda at: time.monotonic() > at, ends))
+            settings = replace(base, ceilings=ceilings)
+            if part != FIRST:
+                settings.late = functools.partial(lambda at: time.monotonic() > at, ends)
             for task in sorted(planned[part], key=lambda task: results.key(task.row) in tried):
-                if results.key(task.row) in done:
+                before = tried.get(results.key(task.row))
+                if before and results.is_complete(before, task.only):
                     continue
-                if time.monotonic() - begun > job.deadline_s:
+                now = time.monotonic() - begun
+                too_long = part == FIRST and result["rows"] and now + task.seconds > job.deadline_s + GRACE_S
+                if now > job.deadline_s or too_long:
                     result["not_begun"].append(results.name_of(task.row))
                     continue
-                _without_who_broke(task, tried.get(results.key(task.row)))
-                row = _fill(task, settings)
+                _without_who_broke(task, before)
+                row = _fill(task, replace(settings, only=task.only))
                 result["rows"].append(row)
                 say(progress(row))
                 if path is not None:

@@ -285,8 +285,8 @@ def test_after_the_deadline_nothing_is_begun(tmp_path, capsys):
     job = suite.Run("cpu", ("layer_norm",), tmp_path, deadline_s=-1.0, dry=True)
     result, _ = suite.run(job)
     assert result["rows"] == []
-    assert len(result["not_begun"]) == 12
-    assert "no time left for 12 rows" in capsys.readouterr().err
+    assert len(result["not_begun"]) == 16
+    assert "no time left for 16 rows" in capsys.readouterr().err
 
 
 def test_plots_of_a_whole_table(tmp_path):
