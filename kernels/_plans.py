@@ -10,6 +10,7 @@ any time at which a launch hook is registered, one of Triton's knobs is set, or 
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +64,8 @@ def plan_of(device: int, made: list[tuple], place_of: Callable[[Tensor], int | N
     """The plan of observed launches, ``place_of`` telling which pointer a tensor's is; None where they cannot be repeated."""
     launches = []
     for kernel, grid, arguments, compiled in made:
-        values = [arguments.get(name, Plan) for name in kernel.arg_names]
-        if compiled is None or Plan in values or kernel.used_global_vals or kernel.pre_run_hooks:
+        values = [arguments.get(param.name, param.default) for param in kernel.params]
+        if compiled is None or inspect.Parameter.empty in values or kernel.used_global_vals or kernel.pre_run_hooks:
             return None
         places = [(index, place_of(value)) for index, value in enumerate(values) if isinstance(value, Tensor)]
         if any(place is None for _, place in places):
