@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import backend as _backend
-from .integrations import dispatched, fp8, multihead, probe, swap
+from .integrations import dispatched, multihead, probe, quantized, swap
 from .integrations.parts import AnyLayout, find_layout
-from .ops.fp8 import why_not as why_not_fp8
+from .ops.quantized import FORMATS
+from .ops.quantized import why_not as why_not_in_8_bits
 from .quantization import Accuracy
 from .reporting import Report, count_flops
 from .verification import Verification, compare, observed
@@ -46,7 +47,7 @@ class _State:
 class _Plan:
     layouts: dict[str, AnyLayout]
     skipped: dict[str, str]
-    fp8: dict[str, frozenset[str]]  # block → its parts in FP8
+    weights: dict[str, quantized.Weights]  # block → its parts in 8 bits
     notes: dict[str, str]  # block → what the report says of its precision
 
 
@@ -73,18 +74,19 @@ def accelerate(
         include, exclude: glob patterns on module names ("encoder.layer.*"); a pattern also takes what lies inside a module
             that it matches. Excluded blocks appear in the report.
         backend: "auto" follows ``fastvit.get_backend()`` at every call; "triton" or "torch" pins these blocks to one.
-        precision: None keeps the model's own dtype. "fp8" computes linears in FP8, for inference on GPUs of compute capability
-            8.9 and later; what ``quantization.accuracy`` returned does so where it found that to be accurate.
+        precision: None keeps the model's own dtype. "fp8" and "int8" compute linears in 8 bits, for inference on NVIDIA GPUs of
+            compute capability 8.9 and 8.0 and later; what ``quantization.accuracy`` returned does so where that is accurate.
         cuda_graphs: must be False in this version.
         dry_run: changes nothing; ``report(model)`` then shows what would be done.
 
     Raises:
         TypeError: ``model`` is no module. ValueError: an unknown option, a pattern that matches no module, or a model whose
-            served blocks were wrapped since (``fully_shard``), or FP8 asked for where it does not run.
+            served blocks were wrapped since (``fully_shard``), or 8 bits asked for where they do not run.
     """
     _check_module(model)
     _check_options(backend, precision, cuda_graphs)
-    _check_fp8(model, backend, precision)
+    if not dry_run:
+        _check_precision(model, backend, precision)
     _check_unwrapped(model)
     included, excluded = _patterns("include", include), _patterns("exclude", exclude)
     selected = _select(model, included, excluded)
@@ -307,26 +309,28 @@ def _plan(model: nn.Module, selected: dict[str, str | None], precision: str | Ac
                 layouts[name] = layout
                 continue
         skipped[name] = str(reason)
-    parts, notes = _fp8_parts(model, layouts, precision)
-    return _Plan(layouts, skipped, parts, notes)
+    weights, notes = _in_8_bits(model, layouts, precision)
+    return _Plan(layouts, skipped, weights, notes)
 
 
-def _fp8_parts(
+def _in_8_bits(
     model: nn.Module, layouts: dict[str, AnyLayout], precision: str | Accuracy | None
-) -> tuple[dict[str, frozenset[str]], dict[str, str]]:
-    """(block → its parts in FP8, block → what the report says of it)."""
-    parts: dict[str, frozenset[str]] = {}
+) -> tuple[dict[str, quantized.Weights], dict[str, str]]:
+    """(block → its parts in 8 bits, block → what the report says of it)."""
+    weights: dict[str, quantized.Weights] = {}
     notes: dict[str, str] = {}
+    name_of_format = precision.precision if isinstance(precision, Accuracy) else precision or ""
     for name, layout in layouts.items() if precision is not None else ():
-        reason = fp8.why_not(model.get_submodule(name), layout)
-        wanted = precision.parts.get(name, frozenset()) if isinstance(precision, Accuracy) else frozenset(fp8.PARTS)
+        reason = quantized.why_not(model.get_submodule(name), layout)
+        wanted = precision.parts.get(name, frozenset()) if isinstance(precision, Accuracy) else frozenset(quantized.PARTS)
         if reason is None and wanted:
-            parts[name] = wanted
-        kept = [part for part in fp8.PARTS if part not in wanted]
-        notes[name] = f"; in its own dtype: {reason}" if reason else f"; in FP8: {', '.join(sorted(wanted)) or 'nothing'}"
+            weights[name] = quantized.Weights(name_of_format, wanted)
+        kept = [part for part in quantized.PARTS if part not in wanted]
+        chosen = f"; in {name_of_format.upper()}: {', '.join(sorted(wanted)) or 'nothing'}"
+        notes[name] = f"; in its own dtype: {reason}" if reason else chosen
         if reason is None and kept:
             notes[name] += f" ({', '.join(kept)} would cost too much accuracy)"
-    return parts, notes
+    return weights, notes
 
 
 def _why_not_swap(module: nn.Module) -> str | None:
@@ -345,8 +349,7 @@ def _why_not_swap(module: nn.Module) -> str | None:
 
 def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
     for name, layout in plan.layouts.items():
-        weights = fp8.Weights(plan.fp8[name]) if name in plan.fp8 else None
-        serving = swap.Serving(layout, backend, fp8_weights=weights, note=plan.notes.get(name, ""))
+        serving = swap.Serving(layout, backend, weights=plan.weights.get(name), note=plan.notes.get(name, ""))
         swap.serve(model.get_submodule(name), serving)
     for container in model.modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
@@ -411,20 +414,22 @@ def _check_module(model: Any) -> None:
 def _check_options(backend: str, precision: str | Accuracy | None, cuda_graphs: bool) -> None:
     if backend not in _backend.BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_backend.BACKENDS)}")
-    if precision not in (None, "fp8") and not isinstance(precision, Accuracy):
+    if precision not in (None, *FORMATS) and not isinstance(precision, Accuracy):
         raise ValueError(
-            f"precision is {precision!r}; expected None (the model's own dtype), 'fp8' or what quantization.accuracy returned"
+            f"precision is {precision!r}; expected None (the model's own dtype), {', '.join(map(repr, FORMATS))} or what"
+            " quantization.accuracy returned"
         )
     if cuda_graphs:
         raise ValueError("cuda_graphs=True is not in this version; leave it False, or capture the accelerated model yourself")
 
 
-def _check_fp8(model: nn.Module, backend: str, precision: str | Accuracy | None) -> None:
+def _check_precision(model: nn.Module, backend: str, precision: str | Accuracy | None) -> None:
     if precision is None:
         return
-    reason = "backend is 'torch', and FP8 has Triton kernels only" if backend == "torch" else None
+    name = precision.precision if isinstance(precision, Accuracy) else precision
+    reason = f"backend is 'torch', and {name.upper()} has Triton kernels only" if backend == "torch" else None
     for device in {parameter.device for parameter in model.parameters()} if reason is None else ():
-        reason = why_not_fp8(device)
+        reason = why_not_in_8_bits(name, device)
         if reason is None and device.type == "cpu" and "triton" not in (backend, _backend.get_backend()):
             reason = "tensors are left to PyTorch's operators"
         if reason is not None:
@@ -432,8 +437,8 @@ def _check_fp8(model: nn.Module, backend: str, precision: str | Accuracy | None)
             break
     if reason is not None:
         raise ValueError(
-            f"precision='fp8' does not run here: {reason}; leave precision=None"
-            " (fastvit.quantization.accuracy simulates FP8 on any device)"
+            f"precision={name!r} does not run here: {reason}; leave precision=None"
+            " (fastvit.quantization.accuracy simulates it on any device)"
         )
 
 

@@ -1,9 +1,10 @@
-"""What FP8 costs in accuracy, found out on any device before a model is served in it: ``accuracy(model, inputs)``.
+"""What 8-bit linears cost in accuracy, found out on any device before a model is served in them: ``accuracy(model, inputs)``.
 
-FP8 linears are simulated: inputs and weights are rounded to e4m3 exactly as the kernels round them and multiplied in float32
-(``fastvit.reference_fp8``). Each part of each block is rounded alone, which gives its loss, 1 − cosine of the model's features
-with and without. The errors of different parts are nearly independent, so losses add up; those that cost most for what they
-compute stay in the model's own dtype until the rest fits the loss that is allowed, and that choice is measured once more.
+They are simulated: inputs and weights are rounded to e4m3 or int8 exactly as the kernels round them and multiplied in float32
+(``fastvit.reference_quantized``). Each part of each block is rounded alone, which gives its loss, 1 − cosine of the model's
+features with and without. The errors of different parts are nearly independent, so losses add up; those that cost most for what
+they compute stay in the model's own dtype until the rest fits the loss that is allowed, and that choice is measured once more.
+Pictures differ in what they lose: it is the upper end of the mean's confidence interval that has to fit.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,26 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from . import reference_fp8
-from .integrations import fp8, swap
+from . import reference_quantized
+from .integrations import quantized, swap
 from .integrations.parts import PLAIN_LINEARS, Layout, find_layout
 from .verification import eager_where_compiled, evaluated, observed
 
 Part = tuple[str, str]  # (block name, "qkv" or "mlp")
 Paths = dict[Part, tuple[str, ...]]  # the names of its linears
+T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # Student's t, 95 %, one side, 1 to 9 degrees of freedom
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What FP8 does to a model's output, and which parts of it stay as they are; ``accelerate(model, precision=this)`` obeys.
+    """What 8 bits do to a model's output, and which parts of it stay as they are; ``accelerate(model, precision=this)`` obeys.
 
-    ``losses``: (block, part) → 1 − feature cosine with that part alone in FP8. ``errors``: linear → relative error of its output
-    (Frobenius norm, worst input). ``parts``: block → its parts in FP8. ``kept``: (block, part) → why it stays. ``skipped``: block
-    → why none of it can. ``feature_cosine``: mean over output vectors, ``worst_cosine`` their least, both of the choice;
-    ``full_cosine``: the mean with every part in FP8. ``top1_agreement``: share of outputs (B, classes) with the same largest
-    entry, None for outputs of another rank. ``share``: of the blocks' linears, by multiplications, that are in FP8.
+    ``precision``: "fp8" or "int8". ``losses``: (block, part) → 1 − feature cosine with that part alone in 8 bits. ``errors``:
+    linear → relative error of its output (Frobenius norm, worst input). ``parts``: block → its parts in 8 bits. ``kept``: (block,
+    part) → why it stays. ``skipped``: block → why none of it can. ``feature_cosine``: mean over output vectors, ``worst_cosine``
+    their least, both of the choice; ``cosine_bound``: what the mean over pictures like these is above with 95 % confidence, None
+    for one picture; ``full_cosine``: the mean with every part in 8 bits. ``top1_agreement``: share of outputs (B, classes) with
+    the same largest entry, None for outputs of another rank. ``share``: of the blocks' linears, by multiplications, that are in
+    8 bits. ``pictures``: how many there were.
     """
 
+    precision: str
     losses: dict[Part, float]
     errors: dict[str, float]
     parts: dict[str, frozenset[str]]
@@ -43,20 +48,30 @@ class Accuracy:
     skipped: dict[str, str]
     feature_cosine: float
     worst_cosine: float
+    cosine_bound: float | None
     full_cosine: float
     top1_agreement: float | None
     share: float
     min_cosine: float
+    pictures: int
 
     @property
     def passed(self) -> bool:
-        return self.feature_cosine >= self.min_cosine
+        """Whether ``cosine_bound`` reaches ``min_cosine``; of one picture, whether its own cosine does."""
+        return (self.feature_cosine if self.cosine_bound is None else self.cosine_bound) >= self.min_cosine
 
     def __str__(self) -> str:
+        name = self.precision.upper()
+        bound = (
+            "one picture, which says nothing of others"
+            if self.cosine_bound is None
+            else f"of {self.pictures} pictures; of others like them above {self.cosine_bound:.5f} with 95 % confidence"
+        )
         lines = [
-            f"fastvit: FP8 simulated: feature cosine {self.feature_cosine:.5f} ({'at least' if self.passed else 'BELOW'}"
-            f" {self.min_cosine}; worst vector {self.worst_cosine:.5f}), {self.full_cosine:.5f} with everything in FP8",
-            f"in FP8: {self.share:.0%} of the blocks' linears by multiplications",
+            f"fastvit: {name} simulated: feature cosine {self.feature_cosine:.5f} ({bound};"
+            f" {'reaches' if self.passed else 'MISSES'} {self.min_cosine}; worst vector {self.worst_cosine:.5f}),"
+            f" {self.full_cosine:.5f} with everything in {name}",
+            f"in {name}: {self.share:.0%} of the blocks' linears by multiplications",
         ]
         if self.top1_agreement is not None:
             lines.append(f"top-1 agreement: {self.top1_agreement:.1%}")
@@ -70,25 +85,29 @@ def accuracy(
     model: nn.Module,
     inputs: Iterable[Any],
     *,
+    precision: str = "fp8",
     min_cosine: float = 0.999,
     features: Callable[[Any], Tensor] | None = None,
 ) -> Accuracy:
-    """Simulates FP8 in ``model`` on ``inputs`` and chooses which parts of its blocks stay in its own dtype.
+    """Simulates 8-bit linears in ``model`` on ``inputs`` and chooses which parts of its blocks stay in its own dtype.
 
     The model is left as it was; it runs once on every input for each part (two a block), and a few times more.
 
     Args:
-        model: any module with blocks that ``accelerate`` serves, accelerated or not, on any device.
-        inputs: what the model is called with, several times: tensors, tuples of arguments, or dictionaries of keywords.
-        min_cosine: the mean cosine of the features with and without FP8 that is to be reached.
-        features: from the model's output to the features (..., C); default: its first floating-point tensor, of which one of
+        model: any module with blocks that ``accelerate`` serves, or fastvit's own, accelerated or not, on any device.
+        inputs: what the model is called with, several times: tensors, tuples of arguments, or dictionaries of keywords. The more
+            pictures they hold, the narrower the interval and the more can be chosen; a handful at least.
+        precision: "fp8" or "int8".
+        min_cosine: the mean cosine of the features with and without that is to be reached on pictures like these.
+        features: from the model's output to the features (B, ..., C); default: its first floating-point tensor, of which one of
             four dimensions is an image's (B, C, H, W).
 
-    Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, a ``min_cosine`` outside of 0 … 1, an output
-    without a tensor, or a model without a block that FP8 can serve.
+    Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, an unknown ``precision``, a ``min_cosine``
+    outside of 0 … 1, an output without a tensor, or a model without a block that 8-bit linears can serve.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
+    dtype = _format(precision)
     if not 0 < min_cosine < 1:
         raise ValueError(f"min_cosine is {min_cosine}; expected a number between 0 and 1")
     batches = [inputs] if isinstance(inputs, Tensor | dict) else list(inputs)
@@ -99,53 +118,68 @@ def accuracy(
         if not paths:
             found = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:1])
             raise ValueError(
-                f"model has no block that FP8 can serve ({found or 'it has no transformer block of a known layout'})"
+                f"model has no block that 8-bit linears can serve ({found or 'it has no transformer block of a known layout'})"
             )
         modules = dict(model.named_modules())
         sizes = {part: sum(modules[path].weight.numel() for path in names) for part, names in paths.items()}
 
         def run(parts: Iterable[Part], errors: dict[str, float] | None = None) -> list[Tensor]:
-            with _rounded(model, paths, parts, errors):
+            with _rounded(model, paths, parts, dtype, errors):
                 return _run(model, batches, features)
 
         errors: dict[str, float] = {}
         exact, full = run(()), run(paths, errors)
-        losses = {part: _loss(run([part]), exact) for part in paths}
-        chosen = sorted(paths, key=lambda part: losses[part] / sizes[part])
-        while sum(losses[part] for part in chosen) > 1 - min_cosine:
+        losses = {part: _losses(run([part]), exact) for part in paths}
+        chosen = sorted(paths, key=lambda part: losses[part].mean().item() / sizes[part])
+        while chosen and not _upper(torch.stack([losses[part] for part in chosen]).sum(0)) <= 1 - min_cosine:
             chosen.pop()
         result = run(chosen)
-        while chosen and not _loss(result, exact) <= 1 - min_cosine:
+        while chosen and not _upper(_losses(result, exact)) <= 1 - min_cosine:
             chosen.pop()
             result = run(chosen)
-    cosines = torch.cat([_cosine(a, b) for a, b in zip(result, exact, strict=True)])
+    cosines = torch.cat([_cosine(a, b).flatten() for a, b in zip(result, exact, strict=True)])
+    each = _losses(result, exact)
     total = sum(modules[f"{name}.{path}" if name else path].weight.numel() for name, path in _all_linears(model, paths))
+    means = {part: loss.mean().item() for part, loss in losses.items()}
     return Accuracy(
-        losses,
-        errors,
-        {name: frozenset(p for n, p in chosen if n == name) for name in dict.fromkeys(n for n, _ in chosen)},
-        {part: f"alone it costs {losses[part]:.1e} of cosine" for part in paths if part not in chosen},
-        skipped,
-        cosines.mean().item(),
-        cosines.min().item(),
-        1 - _loss(full, exact),
-        _agreement(result, exact),
-        sum(sizes[part] for part in chosen) / total,
-        min_cosine,
+        precision=precision,
+        losses=means,
+        errors=errors,
+        parts={name: frozenset(p for n, p in chosen if n == name) for name in dict.fromkeys(n for n, _ in chosen)},
+        kept={part: f"alone it costs {means[part]:.1e} of cosine" for part in paths if part not in chosen},
+        skipped=skipped,
+        feature_cosine=cosines.mean().item(),
+        worst_cosine=cosines.min().item(),
+        cosine_bound=1 - _upper(each) if len(each) > 1 else None,
+        full_cosine=1 - _losses(full, exact).mean().item(),
+        top1_agreement=_agreement(result, exact),
+        share=sum(sizes[part] for part in chosen) / total,
+        min_cosine=min_cosine,
+        pictures=len(each),
     )
 
 
 @contextmanager
 def simulated(model: nn.Module, precision: "str | Accuracy" = "fp8") -> Iterator[nn.Module]:
-    """``with simulated(model): model(x)`` gives what FP8 would, on any device: for measuring by a metric of one's own.
+    """``with simulated(model): model(x)`` gives what 8-bit linears would, on any device: for measuring by a metric of one's own.
 
-    ``precision``: "fp8" rounds every part that FP8 serves, an ``Accuracy`` those that it chose. Blocks run their own forwards.
+    ``precision``: "fp8" or "int8" rounds every part that can be, an ``Accuracy`` those that it chose. Blocks run their own
+    forwards.
     """
+    name = precision if isinstance(precision, str) else precision.precision
+    dtype = _format(name)
     with _own_forwards(model):
         paths, _ = _parts(model)
         chosen = [part for part in paths if isinstance(precision, str) or part[1] in precision.parts.get(part[0], ())]
-        with _rounded(model, paths, chosen):
+        with _rounded(model, paths, chosen, dtype):
             yield model
+
+
+def _format(precision: str) -> torch.dtype:
+    if precision not in reference_quantized.FORMATS:
+        names = " or ".join(map(repr, reference_quantized.FORMATS))
+        raise ValueError(f"precision is {precision!r}; expected {names}")
+    return reference_quantized.FORMATS[precision]
 
 
 @contextmanager
@@ -176,12 +210,12 @@ def _parts(model: nn.Module) -> tuple[Paths, dict[str, str]]:
     paths: Paths = {}
     skipped: dict[str, str] = {}
     for name, module, layout in _layouts(model):
-        reason = layout if isinstance(layout, str) else fp8.why_not(module, layout)
+        reason = layout if isinstance(layout, str) else quantized.why_not(module, layout)
         if reason is not None or isinstance(layout, str):
             skipped[name] = str(reason)
             continue
-        for part in fp8.PARTS:
-            paths[name, part] = tuple(f"{name}.{path}" if name else path for path in fp8.linears(layout, part))
+        for part in quantized.PARTS:
+            paths[name, part] = tuple(f"{name}.{path}" if name else path for path in quantized.linears(layout, part))
     return paths, skipped
 
 
@@ -194,14 +228,16 @@ def _all_linears(model: nn.Module, paths: Paths) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def _rounded(model: nn.Module, paths: Paths, parts: Iterable[Part], errors: dict[str, float] | None = None) -> Iterator[None]:
-    """Within it the linears of ``parts`` compute in simulated FP8; ``errors`` takes the relative errors of their outputs."""
+def _rounded(
+    model: nn.Module, paths: Paths, parts: Iterable[Part], dtype: torch.dtype, errors: dict[str, float] | None = None
+) -> Iterator[None]:
+    """Within it the linears of ``parts`` compute in simulated 8 bits; ``errors`` takes the relative errors of their outputs."""
     after_activation = {names[-1] for (_, part), names in paths.items() if part == "mlp"}
     linears = {path: model.get_submodule(path) for part in parts for path in paths[part]}
 
     def rounded(name: str, module: Any, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        block = reference_fp8.BLOCK if name in after_activation else None
-        out = reference_fp8.linear(args[0], module.weight, module.bias, block=block).to(module.weight.dtype)
+        block = reference_quantized.BLOCK if name in after_activation else None
+        out = reference_quantized.linear(args[0], module.weight, module.bias, dtype=dtype, block=block).to(module.weight.dtype)
         if errors is not None:
             exact = forward(*args, **kwargs).float()
             error = ((out - exact).norm() / exact.norm().clamp(min=1e-30)).item()
@@ -231,11 +267,22 @@ def _features(output: Any, features: Callable | None) -> Tensor:
 
 
 def _cosine(actual: Tensor, exact: Tensor) -> Tensor:
-    return F.cosine_similarity(actual.double(), exact.double(), dim=-1).flatten()
+    return F.cosine_similarity(actual.double(), exact.double(), dim=-1)
 
 
-def _loss(actual: list[Tensor], exact: list[Tensor]) -> float:
-    return 1 - torch.cat([_cosine(a, b) for a, b in zip(actual, exact, strict=True)]).mean().item()
+def _losses(actual: list[Tensor], exact: list[Tensor]) -> Tensor:
+    """1 − mean cosine of every picture."""
+    cosines = [_cosine(a, b) for a, b in zip(actual, exact, strict=True)]
+    return torch.cat([1 - (c.flatten(1).mean(1) if c.dim() > 1 else c.view(-1)) for c in cosines])
+
+
+def _upper(losses: Tensor) -> float:
+    """What the mean of losses like these is below with 95 % confidence, by Student's t; of one, itself."""
+    count = len(losses)
+    if count == 1:
+        return losses.item()
+    t = T_95[count - 2] if count <= len(T_95) + 1 else 1.645 + 1.65 / (count - 1)
+    return (losses.mean() + t * losses.std() / count**0.5).item()
 
 
 def _agreement(actual: list[Tensor], exact: list[Tensor]) -> float | None:

@@ -1,9 +1,9 @@
 """Triton's CPU interpreter, repaired until a kernel that passes in it deserves to pass.
 
 The stock interpreter (3.6 to 3.9) computes bfloat16 on its bits as if they were integers, truncates where a GPU rounds,
-rounds to e4m3 half up instead of half to even and loses the carry, hands 0 to a masked load that names no ``other=`` (a GPU
-hands over whatever the register held), lets a 32-bit offset wrap around in silence and ignores ``tl.device_assert``.
-``repair()`` mends these; ``test_interpreter.py`` shows each of them.
+rounds to e4m3 half up instead of half to even and loses the carry, rounds a fused multiply-add twice, hands 0 to a masked load
+that names no ``other=`` (a GPU hands over whatever the register held), lets a 32-bit offset wrap around in silence and ignores
+``tl.device_assert``. ``repair()`` mends these; ``test_interpreter.py`` shows each of them.
 """
 
 import dataclasses
@@ -66,6 +66,12 @@ def _make_short_floats_real() -> None:
             value = handle(_raw(value.data), BITS[value.data.dtype][1])
         return stock["create_masked_store"](self, pointers, value, mask, *hints)
 
+    def fused(self, x, y, z):  # products of two float32 are exact in float64
+        wide = (t.data.astype(np.float64) for t in (x, y, z)) if x.data.dtype == np.float32 else (x.data, y.data, z.data)
+        a, b, c = wide
+        with np.errstate(invalid="ignore"):
+            return handle((a * b + c).astype(z.data.dtype), z.dtype.scalar)
+
     def dot(self, a, b, accumulator, *options):
         if a.data.dtype in BITS:
             a, b = (handle(x.data.astype(np.float32), tl.float32) for x in (a, b))
@@ -75,6 +81,7 @@ def _make_short_floats_real() -> None:
     builder.get_bf16 = lambda self, value: handle(np.array([value], dtype=SHORT[tl.bfloat16]), tl.bfloat16)
     builder.create_masked_store = masked_store
     builder.create_dot = dot
+    builder.create_fma = fused
     builder.create_fp_to_fp = convert_with_rounding
     builder.cast_impl = cast  # the other casts call this one by name
 

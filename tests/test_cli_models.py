@@ -24,9 +24,11 @@ from PIL import Image
 import fastvit
 from fastvit import loading, maps, reporting, verification
 from fastvit.cli import classify, inputs, main
+from fastvit.cli.options import Device, pick_device
 from fastvit.demo.picture import sample_picture
 from fastvit.images import read_picture
 from fastvit.integrations import swap
+from fastvit.ops import quantized
 from tests.models_for_acceleration import perturb
 
 CAT = sample_picture().parent / "chelsea.png"
@@ -129,6 +131,13 @@ def test_nothing_to_replace_is_said(fastvit_command):
     code, out, _ = fastvit_command("accelerate", "--dry-run", "timm/resnet18")
     assert code == 0
     assert "nothing to replace" in out
+
+
+def test_a_dry_run_in_8_bits_says_what_would_be_in_them_and_whether_that_runs_here(vit, fastvit_command):
+    code, out, _ = fastvit_command("accelerate", "--dry-run", vit[0], "--precision", "int8")
+    assert code == 0
+    assert "; in INT8: mlp, qkv" in out
+    assert ("INT8 does not run here: " in out) == (quantized.why_not("int8", pick_device(Device.auto)) is not None)
 
 
 def test_accelerate_reports_and_times(vit, fastvit_command):

@@ -39,6 +39,20 @@ def test_bfloat16_arithmetic_is_torch_bit_for_bit(operation):
 
 
 @triton.jit
+def _fused(x_ptr, y_ptr, z_ptr, out_ptr, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    tl.store(out_ptr + lanes, tl.fma(tl.load(x_ptr + lanes), tl.load(y_ptr + lanes), tl.load(z_ptr + lanes)))
+
+
+def test_a_fused_multiply_add_rounds_once():
+    x, y = torch.randn(2, 1024)
+    z, out = -(x * y), torch.empty(1024)
+    _fused[(1,)](x, y, z, out, BLOCK=1024)
+    assert torch.equal(out, (x.double() * y.double() + z.double()).float())
+    assert out.any(), "what rounding the product loses"
+
+
+@triton.jit
 def _cast(x_ptr, out_ptr, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     tl.store(out_ptr + lanes, tl.load(x_ptr + lanes).to(out_ptr.dtype.element_ty))

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvit
 from fastvit import functional
 from fastvit.ops import attention as attention_op  # registers torch.ops.fastvit.*
-from fastvit.ops import fp8, glu, layer_norm, linear, rotary  # noqa: F401
+from fastvit.ops import glu, layer_norm, linear, quantized, rotary  # noqa: F401
 from tests.conftest import ON_GPU
 
 # --- the raw operators ----------------------------------------------------------------------------------------------------
@@ -98,8 +98,8 @@ def _torch_image_attention_backward(wanted, **options):
     return _t(*qkv.shape[:3], qkv.shape[3] // 3, dtype=qkv.dtype), qkv, *rest, wanted
 
 
-def _fp8_linear():
-    return *fp8.quantize(_t(2, 5, 16)), *fp8.quantize_weight(_t(8, 16), _t(8))
+def _linear_8bit(form=quantized.INT8):
+    return *quantized.quantize(_t(2, 5, 16), form), *quantized.quantize_weight(_t(8, 16), form, _t(8))
 
 
 SAMPLES = {
@@ -133,15 +133,16 @@ SAMPLES = {
         "a table only": lambda: _torch_image_attention_backward([False, True, False, False]),
         "the whole image, bare": lambda: _torch_image_attention_backward([True, False, False, False], window=0, tables=False),
     },
-    "fp8_quantize": {
-        "bfloat16": lambda: (_t(2, 5, 16, dtype=torch.bfloat16), None, None, False, None, None, 0.0),
-        "sum and norm": lambda: (_t(2, 5, 16), _t(2, 5, 16), _t(16), True, _t(16), _t(16), 1e-6),
+    "quantize": {
+        "bfloat16": lambda: (_t(2, 5, 16, dtype=torch.bfloat16), None, None, False, None, None, 0.0, quantized.INT8),
+        "sum and norm": lambda: (_t(2, 5, 16), _t(2, 5, 16), _t(16), True, _t(16), _t(16), 1e-6, quantized.E4M3),
     },
-    "fp8_linear": {
-        "gelu": lambda: (*_fp8_linear(), "gelu", None, torch.float32),
-        "residual, bfloat16": lambda: (*_fp8_linear(), None, _t(2, 5, 8, dtype=torch.bfloat16), torch.bfloat16),
+    "quantize_glu": {"silu": lambda: (_t(2, 5, 16), _t(2, 5, 16), "silu", quantized.INT8)},
+    "linear_8bit": {
+        "gelu": lambda: (*_linear_8bit(quantized.E4M3), "gelu", None, torch.float32),
+        "residual, bfloat16": lambda: (*_linear_8bit(), None, _t(2, 5, 8, dtype=torch.bfloat16), torch.bfloat16),
     },
-    "fp8_linear_quantized": {"gelu": lambda: (*_fp8_linear(), "gelu")},
+    "linear_8bit_quantized": {"gelu": lambda: (*_linear_8bit(), "gelu")},
     "layer_norm_forward": {
         "token": lambda: (_t(2, 5, 8), _t(8), _t(8), 1e-6, "token"),
         "image, bare": lambda: (_t(2, 5, 8), None, None, 1e-6, "image"),

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"reference", "reference_fp8", "backend", "_checks", "_torchvision"},
+    {"reference", "reference_quantized", "backend", "_checks", "_torchvision"},
     {"kernels"},
     {"ops"},
     {"functional"},

@@ -28,6 +28,8 @@ MATRIX_OPS = (
     "linear_backward",
     "linear_fp8",
     "linear_fp8_quantized",
+    "linear_int8",
+    "linear_int8_quantized",
     "attention_forward",
     "attention_short",
     "attention_backward_query",
@@ -46,6 +48,7 @@ TYPES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
     torch.bool: "i1",
     torch.uint8: "u8",
     torch.int32: "i32",
@@ -68,7 +71,7 @@ class Job:
     def dtype(self) -> str:
         """The 16-bit type among the tensors, the 8-bit one where there is none, or "fp32"."""
         found = {t.dtype for t in self.launch.arguments.values() if isinstance(t, Tensor)}
-        narrow = found & {torch.bfloat16, torch.float16} or found & {torch.float8_e4m3fn}
+        narrow = found & {torch.bfloat16, torch.float16} or found & {torch.float8_e4m3fn, torch.int8}
         return TYPES[narrow.pop()] if narrow else "fp32"
 
     @property

@@ -26,7 +26,7 @@ MULTIPROCESSORS = {
     "sm_120": (65536, 1536, 102400),
 }
 
-MATRIX = r"(HGMMA|HMMA|UTCHMMA|QGMMA|QMMA|UTCQMMA)\b.*|v_mfma_.*"
+MATRIX = r"(HGMMA|HMMA|UTCHMMA|QGMMA|QMMA|UTCQMMA|IGMMA|IMMA|UTCIMMA)\b.*|v_mfma_.*"
 
 # What is counted, as patterns of whole opcodes: NVIDIA's first, AMD's after it.
 KINDS = {

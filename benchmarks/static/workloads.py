@@ -12,11 +12,11 @@ from fastvit.kernels._tuning import table
 from torch import Tensor
 
 from fastvit.ops import attention as attention_op
-from fastvit.ops import fp8 as fp8_op
 from fastvit.ops import glu as glu_op
 from fastvit.ops import image_attention as image_attention_op
 from fastvit.ops import layer_norm as layer_norm_op
 from fastvit.ops import linear as linear_op
+from fastvit.ops import quantized as quantized_op
 from fastvit.ops import rotary as rotary_op
 from fastvit.ops import rotary_attention as rotary_attention_op
 
@@ -93,18 +93,23 @@ def _mlp_training(rows: int, dtype: torch.dtype = HALF) -> None:
     linear_op.mlp_backward(out, x, fc1, fc2, pre, "gelu", True, True, [True] * 5)
 
 
-def _fp8(rows: int, channels: int) -> None:
-    """What a block does in FP8: norm1 and qkv, norm2, fc1 and fc2."""
+def _8bit(rows: int, channels: int, dtype: torch.dtype) -> None:
+    """What a block does in 8 bits: norm1 and qkv, norm2, fc1 and fc2."""
     x, parameter = _meta(rows, channels), _meta(channels)
     qkv, fc1, fc2 = (
-        fp8_op.Fp8Weight(_meta(n, k, dtype=fp8_op.E4M3), _meta(n, dtype=SINGLE), _meta(n, dtype=SINGLE))
+        quantized_op.QuantizedWeight(_meta(n, k, dtype=dtype), _meta(n, dtype=SINGLE), _meta(n, dtype=SINGLE))
         for n, k in ((3 * channels, channels), (4 * channels, channels), (channels, 4 * channels))
     )
-    values, scale, _ = fp8_op.fp8_quantize(x, None, None, True, parameter, parameter, 1e-6)
-    fp8_op.fp8_linear(values, scale, *qkv, None, None, HALF)
-    values, scale, total = fp8_op.fp8_quantize(x, x, parameter, True, parameter, parameter, 1e-6)
-    hidden, scale = fp8_op.fp8_linear_quantized(values, scale, *fc1, "gelu")
-    fp8_op.fp8_linear(hidden, scale, *fc2, None, total, HALF)
+    values, scale, _ = quantized_op.quantize_forward(x, None, None, True, parameter, parameter, 1e-6, dtype)
+    quantized_op.linear_8bit(values, scale, *qkv, None, None, HALF)
+    values, scale, total = quantized_op.quantize_forward(x, x, parameter, True, parameter, parameter, 1e-6, dtype)
+    hidden, scale = quantized_op.linear_8bit_quantized(values, scale, *fc1, "gelu")
+    quantized_op.linear_8bit(hidden, scale, *fc2, None, total, HALF)
+
+
+def _quantize_glu(rows: int, channels: int, dtype: torch.dtype) -> None:
+    gate, value = _meta(rows, 2 * channels).chunk(2, dim=-1)
+    quantized_op.quantize_glu(gate, value, "silu", dtype)
 
 
 def _glu(channels: int, dtype: torch.dtype = HALF, activation: str = "silu") -> None:
@@ -203,11 +208,14 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
 
-    if "linear_fp8" in table(target)["ops"]:
-        for rows in _bounds(target, "rows", ("linear_fp8", "linear_fp8_quantized"), 16384):
-            yield f"block fp8 M={rows}", partial(_fp8, rows, 1024)
+    for name, dtype in quantized_op.FORMATS.items():
+        if f"linear_{name}" not in table(target)["ops"]:
+            continue
+        for rows in _bounds(target, "rows", (f"linear_{name}", f"linear_{name}_quantized"), 16384):
+            yield f"block {name} M={rows}", partial(_8bit, rows, 1024, dtype)
         for channels in _bounds(target, "channels", ("quantize",), 16384):
-            yield f"block fp8 C={channels}", partial(_fp8, 16384, channels)
+            yield f"block {name} C={channels}", partial(_8bit, 16384, channels, dtype)
+        yield f"quantize_glu {name}", partial(_quantize_glu, 16384, 4096, dtype)
 
     for activation in ("silu", "gelu", "sigmoid"):
         yield f"glu bf16 C=2048 {activation}", partial(_glu, 2048, HALF, activation)

@@ -12,6 +12,7 @@ from torch import nn
 
 import fastvit
 
+from ..ops.quantized import why_not
 from .inputs import blank_for, open_model, picture_for, user_errors
 from .options import (
     DTYPES,
@@ -21,6 +22,7 @@ from .options import (
     DtypeOption,
     ImageOption,
     NameArgument,
+    Precision,
     UserError,
     check_target,
     needs,
@@ -45,6 +47,7 @@ def accelerate(
     runs: Annotated[int, typer.Option(min=1, max=10_000, help="Timed pairs of runs, after a warm-up.")] = 5,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.fp32,
+    precision: Annotated[Precision | None, typer.Option(help="Linears in 8 bits, for inference on a GPU that has them.")] = None,
 ) -> None:
     """Report which blocks of a model fastvit serves, and time the model before and after.
 
@@ -56,10 +59,13 @@ def accelerate(
     model = open_model(name, pick_device(device), DTYPES[dtype], weights=not dry_run)
     original = None if dry_run else copy.deepcopy(model)
     with user_errors():
-        fastvit.accelerate(model, include=include, exclude=exclude, dry_run=dry_run)
+        in_8_bits = precision and precision.value
+        fastvit.accelerate(model, include=include, exclude=exclude, precision=in_8_bits, dry_run=dry_run)
     arguments, keywords = blank_for(model) or ((), {})
     report = fastvit.report(model, *arguments, **keywords)
     say(console, report)
+    if in_8_bits and (reason := why_not(in_8_bits, pick_device(device))):
+        say(console, f"{in_8_bits.upper()} does not run here: {reason}")
     if html is not None:
         with writing(html):
             html.write_text(report.to_html(), encoding="utf-8")

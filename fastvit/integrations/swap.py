@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import decoder, fp8, multihead, two_way
+from . import decoder, multihead, quantized, two_way
 from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
@@ -25,15 +25,15 @@ ATTRIBUTE = "_fastvit_serving"
 class Serving:
     """What a served block, or an attention that is served by itself, carries.
 
-    ``fallback``: why it last ran its own forward, None after a fused call. ``fp8_weights``: those of its parts that are in
-    FP8; ``note``: what the report says of its precision. ``known``: its descendants, looked up once; no copy takes them along.
+    ``fallback``: why it last ran its own forward, None after a fused call. ``weights``: those of its parts that are in
+    8 bits; ``note``: what the report says of its precision. ``known``: its descendants, looked up once; no copy takes them along.
     """
 
     layout: AnyLayout
     backend: str
     next_norm: nn.LayerNorm | None = None
     fallback: str | None = None
-    fp8_weights: fp8.Weights | None = None
+    weights: quantized.Weights | None = None
     note: str = ""
     known: Known | None = field(default=None, repr=False, compare=False)
 
@@ -102,8 +102,8 @@ def _derive(cls: Any) -> type:
             return compute_decoder(self, serving.layout, call, serving.backend)
         if isinstance(call, two_way.TwoWayCall):
             return compute_two_way(self, serving.layout, call, serving.backend)
-        if serving.fp8_weights is not None:
-            out = fp8.compute(self, serving.layout, serving.fp8_weights, call, serving.backend, known)
+        if serving.weights is not None:
+            out = quantized.compute(self, serving.layout, serving.weights, call, serving.backend, known)
         else:
             out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
         return out if call.present is None else nested_again(out, call.present)
@@ -143,8 +143,8 @@ def link(module: nn.Module, following: nn.Module) -> None:
 
 
 def _rounds_first(module: nn.Module) -> bool:
-    """Whether a served block rounds its first norm to FP8, which the block before it cannot leave for it."""
-    weights = module.__dict__[ATTRIBUTE].fp8_weights
+    """Whether a served block rounds its first norm to 8 bits, which the block before it cannot leave for it."""
+    weights = module.__dict__[ATTRIBUTE].weights
     return weights is not None and "qkv" in weights.parts
 
 
@@ -161,8 +161,8 @@ def _read(module: nn.Module, serving: Serving, args: tuple, kwargs: dict, known:
     if isinstance(call, str):
         return call
     reason = why_not_now(module, layout, call.attn_mask is not None, known)
-    if reason is None and serving.fp8_weights is not None:
-        reason = fp8.why_not_now(module, call, serving.backend)
+    if reason is None and serving.weights is not None:
+        reason = quantized.why_not_now(module, call, serving.weights, serving.backend)
     return reason or call
 
 

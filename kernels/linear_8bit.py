@@ -1,16 +1,17 @@
-"""Matrix product of FP8 (e4m3) operands, undone scales, bias, activation and residual in its epilogue.
+"""Matrix product of 8-bit operands, e4m3 or int8; undone scales, bias, activation and residual in its epilogue.
 
     y   = activation(Σ_blocks (A_block · B_blockᵀ) · a_scale_block · b_scale + bias)
-    out = y, or residual + y, or e4m3(y) with a scale for every 128 columns of a row
+    out = y, or residual + y, or y rounded to the operands' dtype with a scale for every 128 columns of a row
 
-Shapes: A [M, K] and B [N, K] e4m3, last stride 1; a_scale [M] a row, or [ceil(K / 128), M] a block of 128 columns of a row;
-b_scale [N]; bias [N]; residual and out [M, N], last stride 1; out_scale [ceil(N / 128), M], of which A's is one
-layer further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
+Shapes: A [M, K] and B [N, K] of one dtype, last stride 1; a_scale [M] a row, or [ceil(K / 128), M] a block of 128 columns of a
+row; b_scale [N]; bias [N]; residual and out [M, N], last stride 1; out_scale [ceil(N / 128), M], of which A's is one layer
+further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
 
 Tensor cores sum e4m3 products in fewer bits than float32 has (about 14 on sm_90, 13 on sm_89; Zhao et al. 2025, Zhang et al.
 2024), so PROMOTE adds every BLOCK_K products to a float32 sum outside of them. Block scales need that addition anyway.
+int8 products are summed in int32, exactly up to K = 133 144, and never promoted.
 An epilogue sees 128 columns of a row, not the row: hence scales a block, known in the pass that makes the values.
-Reference: ``fastvit.reference_fp8.linear``.
+Reference: ``fastvit.reference_quantized.linear``.
 """
 
 import torch
@@ -21,21 +22,21 @@ from ._launch import launch, target_of
 from ._math import activate
 from ._plans import planned
 from ._tuning import config
-from .quantize import to_e4m3
+from .quantize import to_8_bits
 
-SCALE_BLOCK = 128
+OPS = {torch.float8_e4m3fn: "linear_fp8", torch.int8: "linear_int8"}
 
 
 @triton.jit
-def _linear_fp8(
-    a_ptr,  # [M, K] e4m3
-    b_ptr,  # [N, K] e4m3
+def _linear_8bit(
+    a_ptr,  # [M, K] e4m3 or int8
+    b_ptr,  # [N, K], as A
     a_scale_ptr,  # [M], or [blocks of K, M]
     b_scale_ptr,  # [N]
     bias_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
     out_ptr,  # [M, N]
-    out_scale_ptr,  # [blocks of N, M] or None: out is e4m3
+    out_scale_ptr,  # [blocks of N, M] or None: out is as A
     M,
     N,
     K,
@@ -67,27 +68,31 @@ def _linear_fp8(
     k = tl.arange(0, BLOCK_K)
     a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :]
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    INTEGERS: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
+    ZERO: tl.constexpr = 0 if INTEGERS else 0.0
+    SUM: tl.constexpr = tl.int32 if INTEGERS and not BLOCK_SCALES else tl.float32
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=SUM)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a, b = tl.load(a_ptrs), tl.load(b_ptrs)
         else:
-            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=0.0)
+            a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=ZERO)
+            b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=ZERO)
         if BLOCK_SCALES:
             scale = tl.load(a_scale_ptr + tl.full([], start // 128, tl.int64) * M + a_row)
-            acc += tl.dot(a, b) * scale[:, None]
-        elif PROMOTE:
+            acc += tl.dot(a, b).to(tl.float32) * scale[:, None]
+        elif PROMOTE and not INTEGERS:
             acc += tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)  # a bound, or the compiler would join sum and product
         else:
-            acc = tl.dot(a, b, acc)
+            acc = tl.dot(a, b, acc, out_dtype=SUM)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
     inside = (m < M)[:, None] & (n < N)[None, :]
-    if not BLOCK_SCALES:
-        acc *= tl.load(a_scale_ptr + a_row)[:, None]
-    acc *= tl.load(b_scale_ptr + b_row)[None, :]
+    if BLOCK_SCALES:
+        acc *= tl.load(b_scale_ptr + b_row)[None, :]
+    else:
+        acc = acc.to(tl.float32) * tl.load(a_scale_ptr + a_row)[:, None] * tl.load(b_scale_ptr + b_row)[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + b_row).to(tl.float32)[None, :]
     acc = activate(acc, ACTIVATION, False)
@@ -95,13 +100,15 @@ def _linear_fp8(
         acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
     if out_scale_ptr is not None:
         tl.static_assert(BLOCK_N == 128, "a tile is as wide as what shares a scale")
-        acc, out_scale = to_e4m3(tl.where((n < N)[None, :], acc, 0.0), 1)
+        values, out_scale = to_8_bits(tl.where((n < N)[None, :], acc, 0.0), 1, out_ptr.dtype.element_ty)
         tl.store(out_scale_ptr + tile_n.to(tl.int64) * M + m, out_scale, mask=m < M)
-    tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + m[:, None] * N + n[None, :], values, mask=inside)
+    else:
+        tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @planned
-def launch_linear_fp8(
+def launch_linear_8bit(
     a: torch.Tensor,
     a_scale: torch.Tensor,
     b: torch.Tensor,
@@ -117,11 +124,11 @@ def launch_linear_fp8(
     a, b and residual have last stride 1, the others are contiguous. K ≥ 1.
     """
     (m, k), n = a.shape, b.shape[0]
-    op = "linear_fp8" if out_scale is None else "linear_fp8_quantized"
+    op = OPS[a.dtype] if out_scale is None else f"{OPS[a.dtype]}_quantized"
     row = config(op, target_of(a), rows=m)
     launch(
         op,
-        _linear_fp8,
+        _linear_8bit,
         (triton.cdiv(m, row["BLOCK_M"]) * triton.cdiv(n, row["BLOCK_N"]),),
         a,
         row,
@@ -141,5 +148,6 @@ def launch_linear_fp8(
         stride_residual_m=0 if residual is None else residual.stride(0),
         ACTIVATION=activation or "none",
         BLOCK_SCALES=a_scale.dim() == 2,
+        PROMOTE=row.get("PROMOTE", 0),
         EVEN_K=k % row["BLOCK_K"] == 0,
     )

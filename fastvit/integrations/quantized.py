@@ -1,0 +1,163 @@
+"""A pre-norm block with its linears in 8 bits: rounded in the norm before qkv, in the norm before fc1 and in fc1's epilogue.
+
+On tokens, or on SAM's images (B, H, W, C), whose linears run on the image as it lies; padded tokens of windows get the bias of
+qkv, which is what rounding makes of zeros. Two parts of a block are served, "qkv" (the projections of queries, keys and values)
+and "mlp" (fc1 and fc2, and the gate of a gated MLP, which is rounded in the GLU). The attention's output projection keeps the
+model's dtype: no pass before it could round its input on the way (docs/fp8.md). Inference only. The 8-bit weights lie beside the
+module's own, which stay as they are.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops import quantized
+from . import block as plain
+from . import handoff, layouts
+from .call import Call
+from .parts import Known, Layout, Parts, child, part
+
+PARTS = ("qkv", "mlp")
+ALIGNMENT = 16  # bytes of the loads, so elements of a row
+
+
+def linears(layout: Layout, part_name: str) -> tuple[str, ...]:
+    """Paths of the linears that make up a part; of an MLP, the one after the activation is the last."""
+    if part_name == "qkv":
+        return layout.attention.qkv
+    mlp = layout.mlp
+    return () if mlp is None else (mlp.fc1, *((mlp.gate,) if layout.gating == "beside" and mlp.gate else ()), mlp.fc2)
+
+
+def why_not(block: nn.Module, layout: Any) -> str | None:
+    """Why a served block keeps its own dtype, or None."""
+    if not isinstance(layout, Layout):
+        return "8-bit linears serve encoder blocks"
+    if layout.post_norm:
+        return "8-bit linears serve pre-norm blocks: after a sum, the norm's result is the residual too"
+    if not layout.attention.qkv:
+        return "8-bit linears need linears to take the weights of, which a torch.nn.MultiheadAttention has not"
+    if layout.mlp is None or part(block, layout.mlp.hidden_norm) is not None:
+        return "8-bit linears serve an MLP with nothing but an activation or a gate between its linears"
+    owner = child(block, layout.attention.owner)
+    if child(block, layout.attention.gate) is not None:
+        return "8-bit linears serve no gated attention"
+    if any(getattr(owner, name, None) is not None for name in layouts.SEPARATE_BIASES):
+        return "8-bit linears serve no biases that are kept apart from their linear"
+    paths = [path for name in PARTS for path in linears(layout, name)]
+    called = [path for path in paths if path in layout.called]
+    if called:
+        return f"{called[0]} is no plain linear"
+    odd = [path for path in paths if child(block, path).in_features % ALIGNMENT]
+    return f"the inputs of {odd[0]} are not a multiple of {ALIGNMENT}" if odd else None
+
+
+@dataclass
+class Weights:
+    """The 8-bit weights of one block, made when first called for and again when what they are made of has changed.
+
+    Copies and pickles of the block carry ``precision`` and ``parts`` only. A compiled graph keeps the weights that it was traced
+    with.
+    """
+
+    precision: str
+    parts: frozenset[str]
+    made: dict[str, tuple[tuple, quantized.QuantizedWeight]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"precision": self.precision, "parts": self.parts, "made": {}}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return quantized.FORMATS[self.precision]
+
+    def of(self, path: str, linear: Any, layer_scale: Tensor | None = None) -> quantized.QuantizedWeight:
+        found = self.made.get(path)
+        if found is not None and torch.compiler.is_compiling():
+            return found[1]
+        sources = [t for t in (linear.weight, linear.bias, layer_scale) if t is not None]
+        if torch.compiler.is_compiling():
+            return quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
+        state = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
+        if found is None or found[0] != state:
+            with torch.inference_mode(False):
+                found = state, quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
+            self.made[path] = found
+        return found[1]
+
+
+def why_not_now(block: nn.Module, call: Call, weights: Weights, pinned: str) -> str | None:
+    """Why a block served in 8 bits must run its own forward this time, or None."""
+    x, name = call.hidden, weights.precision.upper()
+    if block.training:
+        return f"{name} is for inference: call model.eval()"
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
+        return f"{name} has no gradients: call the model under torch.no_grad() or torch.inference_mode()"
+    if torch.is_autocast_enabled(x.device.type):
+        return f"{name} does not run under autocast: give the model a half-precision dtype"
+    reason = quantized.why_not(weights.precision, x.device)
+    if reason is None and plain.choose_backend(pinned, x) != "triton":
+        reason = "its backend is PyTorch's operators"
+    return None if reason is None else f"{name} cannot serve it on {x.device}: {reason}"
+
+
+def compute(
+    block: nn.Module, layout: Layout, weights: Weights, call: Call, pinned: str = "auto", known: Known | None = None
+) -> Tensor:
+    """The block's output for a call that ``why_not_now`` admits; ``known``: descendants looked up before."""
+    with plain._held_to(pinned):
+        return _pre_norm(Parts(block, None if known is None else known.children), layout, weights, call)
+
+
+def _pre_norm(parts: Parts, layout: Layout, weights: Weights, call: Call) -> Tensor:
+    x = call.hidden
+    before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
+    scale, mlp_scale = (plain._scale_of(parts, residual.scale) for residual in layout.residuals)
+    offered = handoff.collect(x, before)
+    if "qkv" in weights.parts:
+        normed: Any = quantized.layer_norm(x, before.weight, before.bias, before.eps, weights.dtype)
+    else:
+        normed = functional.layer_norm(x, before.weight, before.bias, before.eps) if offered is None else offered
+    branch = plain._attention(parts, layout, _Operators(parts, layout, weights), normed, call)
+    if "mlp" not in weights.parts:
+        normed, x = functional.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
+        return plain._add(x, plain._mlp(parts, layout, functional, normed), mlp_scale, owned=False)
+    normed, x = quantized.add_layer_norm(x, branch, after.weight, after.bias, after.eps, weights.dtype, scale)
+    fc2 = linears(layout, "mlp")[-1]
+    return quantized.linear(
+        _hidden(parts, layout, weights, normed, x.dtype), weights.of(fc2, parts.child(fc2), mlp_scale), x.dtype, residual=x
+    )
+
+
+def _hidden(parts: Parts, layout: Layout, weights: Weights, x: quantized.Quantized, dtype: torch.dtype) -> quantized.Quantized:
+    """What fc2 is given."""
+    fc1, *gates, _ = linears(layout, "mlp")
+    weight = weights.of(fc1, parts.child(fc1))
+    if layout.gating is None:
+        return quantized.linear_quantized(x, weight, layout.activation)
+    value = quantized.linear(x, weight, dtype)
+    if gates:
+        gate = quantized.linear(x, weights.of(gates[0], parts.child(gates[0])), dtype)
+    else:
+        first, last = value.chunk(2, dim=-1)
+        gate, value = (first, last) if layout.gating == "first" else (last, first)
+    return quantized.glu(gate, value, layout.activation or "silu", weights.dtype)
+
+
+class _Operators:
+    """``fastvit.functional``, whose linears take what was rounded to 8 bits as well."""
+
+    def __init__(self, parts: Parts, layout: Layout, weights: Weights):
+        self.parts, self.layout, self.weights = parts, layout, weights
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(functional, name)
+
+    def linear(self, x: Any, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+        if not isinstance(x, quantized.Quantized):
+            return functional.linear(x, weight, bias, activation=activation)
+        path = next(p for p in self.layout.attention.qkv if self.parts.child(p).weight is weight)
+        return quantized.linear(x, self.weights.of(path, self.parts.child(path)), weight.dtype, activation)
