@@ -382,7 +382,7 @@ def test_pinned_backends(monkeypatch):
     assert len(calls) == 3
 
 
-def test_verify_holds_the_kernels_where_they_serve_in_half_precision(monkeypatch):
+def test_verify_holds_the_kernels_where_they_serve_in_half_precision(monkeypatch, device):
     """On a GPU, auto leaves float32 products to PyTorch: verifying in float32 used to pass by the kernels."""
     from fastvit.kernels import attention_forward, layer_norm, linear
 
@@ -392,12 +392,12 @@ def test_verify_holds_the_kernels_where_they_serve_in_half_precision(monkeypatch
     for module in (attention_forward, layer_norm, linear):
         real = module.launch
         monkeypatch.setattr(module, "launch", lambda op, *a, real=real, **k: launched.append(op) or real(op, *a, **k))
-    model = fastvit.accelerate(hf_dinov2())
+    model, x = fastvit.accelerate(hf_dinov2().to(device)), image().to(device)
     with fastvit.use_backend("auto"):
-        assert fastvit.verify(model, image()).passed
+        assert fastvit.verify(model, x).passed
         assert torch.cuda.is_available() or not launched
         monkeypatch.setattr(acceleration, "_kernels_serve", lambda model: True)
-        assert fastvit.verify(model, image()).passed
+        assert fastvit.verify(model, x).passed
     assert {"attention_forward", "linear", "layer_norm_forward"} <= set(launched)
 
 

@@ -104,11 +104,12 @@ def test_packed_patches_of_pictures_of_several_sizes(options):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_padding_on_the_left(implementation, backend):
+def test_padding_on_the_left(implementation, backend, device):
     """The first tokens then have no key at all that they may attend to; eager's masks are the smallest finite number."""
     model, inputs = build("hf_clip_text", attn_implementation=implementation)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
     inputs["attention_mask"][1, :5] = 0
+    model, inputs = model.to(device), {name: t.to(device) for name, t in inputs.items()}
     expected = without_gradients(model, inputs)
     actual = without_gradients(fastvit.accelerate(model), inputs)
     assert fused(model, TINY.depth)

@@ -308,8 +308,8 @@ def test_the_next_blocks_norm_is_handed_on(monkeypatch):
     assert taken == [False, True, True]
 
 
-def test_on_the_kernels():
-    model, x = small("segment_anything")
+def test_on_the_kernels(device):
+    model, x = (part.to(device) for part in small("segment_anything"))
     expected = run(model, x)
     actual = run(fastvit.accelerate(model, backend="triton"), x)
     assert_fused(model, 2)

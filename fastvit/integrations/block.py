@@ -257,7 +257,7 @@ def _project(parts: Parts, layout: Layout, ops: Any, x: Tensor, call: Call) -> l
     owner = parts.child(names.owner)
     if layout.multihead:
         return multihead.project(owner, ops, x, x, x, multihead.tokens_first(owner, call.present))
-    heads = next(count for name in layouts.HEAD_COUNTS if (count := attribute(owner, name)) is not None)
+    heads = next(count for count in [attribute(owner, name) for name in layouts.HEAD_COUNTS] if count is not None)
     if len(names.qkv) == 1:
         packed = _linear(parts, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))
         query, key, value = packed.reshape(*packed.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
