@@ -24,7 +24,7 @@ from .integrations.parts import AnyLayout, find_layout
 from .ops.quantized import FORMATS
 from .ops.quantized import why_not as why_not_in_8_bits
 from .quantization import Accuracy
-from .reporting import Report, count_flops
+from .reporting import Report, count_flops, served_by
 from .verification import Verification, compare, observed
 
 __all__ = ["Report", "Verification", "accelerate", "accelerated", "report", "restore", "verify"]
@@ -143,6 +143,8 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     once on them, with its own forwards in evaluation mode and without gradients; a model and inputs on the ``meta`` device
     are counted without computing. A module that a fused path calls as it is (an MLP of another kind, an adapter) does not
     count as fused, nor does a block in ``.fallbacks``, nor a ``torch.nn.MultiheadAttention`` that is asked for its weights.
+    Where a GPU serves the model on ``auto``, it runs once more, accelerated, for ``.served_by``: which operators went to the
+    kernels and which to the vendor's, and why.
 
     Raises ``TypeError`` when ``model`` is no module; with inputs, ``ValueError`` when its served blocks were wrapped since.
     """
@@ -170,7 +172,9 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
 
     inputs, keywords = _pytree.tree_map_only(Tensor, Tensor.detach, (inputs, keywords))
     flops, total = count_flops(model, inputs, keywords, blocks, called, counting)
-    return replace(found, flops={name: 0 if name in own else flops.get(name, 0) for name in layouts}, total_flops=total)
+    flops = {name: 0 if name in own else flops.get(name, 0) for name in layouts}
+    served = served_by(model, inputs, keywords) if found.replaced and not found.planned and _kernels_serve(model) else {}
+    return replace(found, flops=flops, total_flops=total, served_by=served)
 
 
 @contextmanager

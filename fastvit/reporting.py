@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import backend
 from .integrations.parts import child
+from .ops import dispatch
 from .verification import eager_where_compiled, evaluated, observed
 
 STYLE = (
@@ -31,6 +32,7 @@ class Report:
     name → why a served module last ran its own forward. ``accelerated``: whether the model is. Where inputs were given to
     ``report``, ``total_flops`` is what the model's matrix products, convolutions and attention take on them (2 a
     multiply-add) and ``flops`` maps a module name to those of its that are fused; ``fused_share`` is their part of the total.
+    ``served_by``, where a GPU serves the model on ``auto``: operator and sizes → what served it in inference, and why.
 
     ``str()`` gives a table, ``to_dict()`` what JSON can hold, ``to_html()`` a page; notebooks show the page's table.
     """
@@ -43,6 +45,7 @@ class Report:
     accelerated: bool = True
     flops: dict[str, int] = field(default_factory=dict)
     total_flops: int | None = None
+    served_by: dict[str, str] = field(default_factory=dict)
 
     @property
     def fused_share(self) -> float | None:
@@ -73,6 +76,7 @@ class Report:
             "flops": dict(self.flops),
             "total_flops": self.total_flops,
             "fused_share": self.fused_share,
+            "served_by": dict(self.served_by),
         }
 
     def to_html(self) -> str:
@@ -111,7 +115,7 @@ class Report:
         facts = [f"backend: {self.backend}"] if self.replaced and self.backend else []
         if self.fused_share is not None:
             facts.append(f"fused: {self.fused_share:.1%} of {_readable(self.total_flops or 0)}")
-        return facts
+        return facts + [f"{call} → {way}" for call, way in self.served_by.items()]
 
     def _outcome(self, name: str) -> str:
         return f"left alone: {self.skipped[name]}" if name in self.skipped else self.replaced[name]
@@ -181,6 +185,14 @@ def count_flops(
     ):
         getattr(model, "_orig_mod", model)(*inputs, **keywords)  # torch.compile's wrapper warns of the counter's hooks
     return counts, counter.get_total_flops()
+
+
+def served_by(model: nn.Module, inputs: tuple, keywords: dict[str, Any]) -> dict[str, str]:
+    """What serves each operator in one run of the accelerated model, in inference, and why; it consumes no random numbers."""
+    gpus = {t.device.index for t in (*model.parameters(), *model.buffers()) if t.is_cuda}
+    with evaluated(model), eager_where_compiled(model), torch.no_grad(), torch.random.fork_rng(gpus), dispatch.collect() as found:
+        getattr(model, "_orig_mod", model)(*inputs, **keywords)
+    return found
 
 
 @contextmanager

@@ -99,6 +99,14 @@ def _is_bound(bound: Any) -> bool:
     return pair or isinstance(bound, int | str)
 
 
+def sources(target: str) -> dict[str, str]:
+    """Name of each table that rows for ``target`` come from → its provenance, the user's first."""
+    ours = committed(target)
+    path = Path(os.environ.get(USER_TABLES) or TABLES) / f"{target}.json"
+    theirs = {str(path): json.loads(path.read_text())["provenance"]} if USER_TABLES in os.environ and path.exists() else {}
+    return theirs | {f"table {ours['target']}": ours["provenance"]}
+
+
 def targets() -> list[str]:
     """Every target with a committed table, the default left out."""
     return sorted(path.stem for path in TABLES.glob("*.json") if path.stem not in ("default", "interpreter"))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastvit.kernels import _tuning
 
 import fastvit
-from fastvit import functional
+from fastvit import acceleration, functional
 from fastvit.ops import dispatch
 
 SDPA = {"when": {"queries": [5, None]}, "serve": "sdpa", "why": "long", "basis": "measured"}
@@ -344,3 +344,20 @@ def test_an_override_goes_before_rules(rules, sdpa_calls):
     assert len(sdpa_calls) == 1
     functional.attention(*_qkv())
     assert len(sdpa_calls) == 1
+
+
+def test_the_report_says_what_served_a_model_and_why(rules, monkeypatch):
+    monkeypatch.setattr(fastvit.backend, "resolve", lambda tensor, setting=None: "triton")
+    monkeypatch.setattr(acceleration, "_kernels_serve", lambda model: True)
+    rules("attention", SDPA, KERNEL)
+    torch.manual_seed(0)
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, activation="gelu").eval()
+    fastvit.accelerate(block)
+    x = torch.randn(1, 6, 16)
+    found = fastvit.report(block, x)
+    assert found.served_by["attention: plain, float32, inference, head_dim 8, queries 6, keys 6"] == "sdpa: long (measured)"
+    assert found.served_by["linear: gelu, float32, inference, rows 6, width 16, outputs 32"].startswith("vendor: exact float32")
+    assert "head_dim 8, queries 6, keys 6 → sdpa: long (measured)" in str(found)
+    assert found.to_dict()["served_by"] == found.served_by
+    assert "→ sdpa: long" in found.to_html()
+    assert fastvit.report(block).served_by == {}

@@ -112,6 +112,16 @@ def test_a_table_of_the_users_comes_first(fresh, monkeypatch, tmp_path):
     assert _tuning.table("sm_80") == _tuning.committed("sm_80")
 
 
+def test_the_doctor_names_whose_rows_are_in_force(fresh, monkeypatch, tmp_path):
+    from fastvit.cli import doctor
+
+    committed = f"table default: {_tuning.committed('default')['provenance']}"
+    assert doctor._tuning_of(torch.empty(0)) == committed
+    _write(tmp_path, "interpreter", {})
+    monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
+    assert doctor._tuning_of(torch.empty(0)) == f"{tmp_path / 'interpreter.json'}: a test; {committed}"
+
+
 @pytest.mark.parametrize(
     ("ops", "message"),
     [

@@ -89,8 +89,18 @@ def _backend(device: torch.device) -> Table:
     table = _plain_table()
     table.add_row("GPU", escape(_gpu()))
     table.add_row("backend", f"[bold]{serves}[/bold] ({escape(why)})")
+    if serves == "triton" and device.type == "cuda":
+        table.add_row("tuning", escape(_tuning_of(torch.empty(0, device=device))))
     table.add_row("threads", str(torch.get_num_threads()))
     return table
+
+
+def _tuning_of(tensor: torch.Tensor) -> str:
+    """Whose launch configs and dispatch rules are in force on the tensor's device, and what they rest on."""
+    from fastvit.kernels import _launch, _tuning
+
+    target = _launch.target_of(tensor)
+    return "; ".join(f"{name}: {basis}" for name, basis in _tuning.sources(target).items())
 
 
 def _print_outcomes(console: Console, title: str, outcomes: list[selfcheck.Outcome]) -> None:
