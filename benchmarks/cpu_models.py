@@ -1,9 +1,10 @@
 """Whole models on the CPU, float32, inference: the accelerated model against the unchanged one and what else serves it.
 
-Peers: the original in its library's fused mode, torch.compile of it, ONNX Runtime and OpenVINO on its export where they can be
-imported. Time: all on the same weights in one process, in turns, so that whatever else the machine does hits all of them;
-reported are medians, and the ratios of rounds. Memory: each in a process of its own, peak resident size (``VmHWM``) above the
-model loaded, the highest of a few calls. Results are checked first.
+Peers: the original with PyTorch's fused attention (``sdpa``) and with attention written out (``eager``), as far as its library
+has both, torch.compile of it, ONNX Runtime and OpenVINO on its export where they can be imported. Time: all on the same weights
+in one process, in turns, so that whatever else the machine does hits all of them; reported are medians, and the ratios of
+rounds. Memory: each in a process of its own, peak resident size (``VmHWM``) above the model loaded, the highest of a few calls.
+Results are checked first.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,29 +27,32 @@ from torch import Tensor, nn
 import fastvit
 from fastvit._torchvision import ensure_importable
 
-from . import accuracy, contest, floors, measure, results
+from . import accuracy, contest, exports, floors, measure, results
 from .settings import Settings, Task
 
 ALLOWED_ERROR = 1e-4  # relative, float32, between implementations; as fastvit.verify allows
 
 
-def dinov2_small_518():
+def dinov2_small_518(mode: str) -> nn.Module:
     from transformers import Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
-    return Dinov2Model(config), torch.randn(1, 3, 518, 518)
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 518, "patch_size": 14}
+    return Dinov2Model(Dinov2Config(attn_implementation=mode, **sizes))
 
 
-def vit_base_transformers():
+def vit_base_transformers(mode: str) -> nn.Module:
     from transformers import ViTConfig, ViTModel
 
-    return ViTModel(ViTConfig()), torch.randn(8, 3, 224, 224)
+    return ViTModel(ViTConfig(attn_implementation=mode))
 
 
-def vit_base_timm():
+def vit_base_timm(mode: str) -> nn.Module:
     import timm
 
-    return timm.create_model("vit_base_patch16_224", num_classes=1000), torch.randn(8, 3, 224, 224)
+    model = timm.create_model("vit_base_patch16_224", num_classes=1000)
+    for block in model.blocks:
+        block.attn.fused_attn = mode == "sdpa"
+    return model
 
 
 def _disturb_positions(model):
@@ -58,54 +63,60 @@ def _disturb_positions(model):
     return model
 
 
-def sam_base_meta():
+def sam_base_meta(mode: str) -> nn.Module:
     from segment_anything import sam_model_registry
 
-    return _disturb_positions(sam_model_registry["vit_b"]().image_encoder), torch.randn(1, 3, 1024, 1024)
+    return _disturb_positions(sam_model_registry["vit_b"]().image_encoder)
 
 
-def sam_base_transformers():
+def sam_base_transformers(mode: str) -> nn.Module:
     from transformers import SamConfig, SamModel, SamVisionConfig
 
-    config = SamConfig(vision_config=SamVisionConfig(initializer_range=0.02).to_dict())
-    return _disturb_positions(SamModel(config).vision_encoder), torch.randn(1, 3, 1024, 1024)
+    vision = SamVisionConfig(initializer_range=0.02, attn_implementation=mode)
+    return _disturb_positions(SamModel(SamConfig(vision_config=vision, attn_implementation=mode)).vision_encoder)
 
 
 @dataclass(frozen=True)
 class Case:
-    """``gflop`` of the whole input; ``seconds`` to time for, roughly; ``others``: peers beside the original."""
+    """``build(mode)`` the model; ``gflop`` of the whole input; ``seconds`` to time for, roughly; ``others``: the peers.
+
+    The first of ``others`` is the mode that is accelerated.
+    """
 
     title: str
-    build: Callable[[], tuple[nn.Module, Tensor]]
+    build: Callable[[str], nn.Module]
     shape: list[int]
     gflop: float
     seconds: float
     others: tuple[str, ...]
 
 
-ALL_OTHERS = ("compile", "onnxruntime", "openvino")
+MODES = ("sdpa", "eager")  # of the original
+EXPORTED = ("onnxruntime", "openvino")
+ALL_OTHERS = (*MODES, "compile", *EXPORTED)
 VIT_B = floors.vit_flops(224, **floors.VIT["ViT-B/16"]) / 1e9
 SAM_B = floors.sam_encoder_flops(**floors.SAM["SAM-B"]) / 1e9
 DINOV2_S = floors.vit_flops(518, 14, 384, 12, 1536) / 1e9
-PICTURES = {"small": [8, 3, 224, 224], "518": [1, 3, 518, 518], "1024": [1, 3, 1024, 1024]}
 CASES = {
-    "dinov2-s-518": Case("Hugging Face DINOv2-S, 518 px, batch 1", dinov2_small_518, PICTURES["518"], DINOV2_S, 12, ALL_OTHERS),
-    "vit-b-224-hf": Case("Hugging Face ViT-B/16, 224 px, batch 8", vit_base_transformers, PICTURES["small"], 8 * VIT_B, 12, ()),
-    "vit-b-224-timm": Case("timm ViT-B/16, 224 px, batch 8", vit_base_timm, PICTURES["small"], 8 * VIT_B, 24, ALL_OTHERS),
+    "vit-b-224-timm": Case("timm ViT-B/16, 224 px, batch 8", vit_base_timm, [8, 3, 224, 224], 8 * VIT_B, 20, ALL_OTHERS),
+    "vit-b-224-timm-1": Case("timm ViT-B/16, 224 px, batch 1", vit_base_timm, [1, 3, 224, 224], VIT_B, 8, ALL_OTHERS),
+    "dinov2-s-518": Case("Hugging Face DINOv2-S, 518 px, batch 1", dinov2_small_518, [1, 3, 518, 518], DINOV2_S, 12, ALL_OTHERS),
+    "vit-b-224-hf": Case("Hugging Face ViT-B/16, 224 px, batch 8", vit_base_transformers, [8, 3, 224, 224], 8 * VIT_B, 8, MODES),
     "sam-b-1024-meta": Case(
-        "segment_anything SAM-B image encoder, 1024 px, batch 1", sam_base_meta, PICTURES["1024"], SAM_B, 30, ()
+        "segment_anything SAM-B image encoder, 1024 px, batch 1", sam_base_meta, [1, 3, 1024, 1024], SAM_B, 25, ("eager",)
     ),
     "sam-b-1024-hf": Case(
-        "Hugging Face SAM-B image encoder, 1024 px, batch 1", sam_base_transformers, PICTURES["1024"], SAM_B, 25, ()
+        "Hugging Face SAM-B image encoder, 1024 px, batch 1", sam_base_transformers, [1, 3, 1024, 1024], SAM_B, 20, ("sdpa",)
     ),
 }
 
 
-def build(case: str) -> tuple[nn.Module, Tensor]:
+def build(case: str, mode: str) -> tuple[nn.Module, Tensor]:
+    """(the model in that mode, the images): the same weights and images every time."""
     ensure_importable()
     torch.manual_seed(0)
-    model, x = CASES[case].build()
-    return model.eval().requires_grad_(False), x
+    model = CASES[case].build(mode)
+    return model.eval().requires_grad_(False), torch.randn(CASES[case].shape)
 
 
 def first(result: Any) -> Tensor:
@@ -118,41 +129,19 @@ def tasks(settings: Settings) -> Iterator[Task]:
         yield Task(row, functools.partial(run, name))
 
 
-def _of_export(kind: str, file: Path, x: Tensor) -> Callable[[], Tensor]:
-    """A call of the exported model in another library."""
-    if kind == "onnxruntime":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        fed = {session.get_inputs()[0].name: x.numpy()}
-        return lambda: torch.from_numpy(session.run(None, fed)[0])
-    import openvino
-
-    compiled = openvino.Core().compile_model(str(file), "CPU", {"INFERENCE_NUM_THREADS": torch.get_num_threads()})
-    return lambda: torch.from_numpy(compiled([x.numpy()])[0])
-
-
 def _call(kind: str, model: nn.Module, x: Tensor, file: Path) -> Callable[[], Tensor]:
     """One call of the model by one of the contestants."""
-    if kind in ("onnxruntime", "openvino"):
-        return _of_export(kind, file, x)
+    if kind in EXPORTED:
+        return exports.onnxruntime(file, x) if kind == "onnxruntime" else exports.openvino(file, x)
     run = torch.compile(model) if kind == "compile" else model
     return contest.inference(lambda pixels: first(run(pixels)), x)
-
-
-def _export(model: nn.Module, x: Tensor, file: Path) -> None:
-    if not file.exists():
-        with torch.no_grad():
-            torch.onnx.export(model, (x,), str(file), dynamo=False, opset_version=17)
 
 
 def run(name: str, row: results.Row, settings: Settings) -> None:
     """Fills the row: everything checked against the original, then timed in turns, then each one's memory."""
     case = CASES[name]
-    row |= {"gflop": case.gflop, "floor_ms": settings.floor_ms(case.gflop)}
-    model, x = build(name)
+    row |= {"gflop": case.gflop, "floor_ms": settings.floor_ms(case.gflop), "took_s": {}}
+    model, x = build(name, case.others[0])
     mine = fastvit.accelerate(contest.twin(model))
     served = fastvit.report(mine)
     if not served.replaced:
@@ -160,8 +149,8 @@ def run(name: str, row: results.Row, settings: Settings) -> None:
     row["served_blocks"] = len(served.replaced)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        calls = {"original": _call("original", model, x, file)}
-        exact = calls["original"]()
+        calls = {case.others[0]: _call(case.others[0], model, x, file)}
+        exact = calls[case.others[0]]()
 
         def admit(kind: str, model: nn.Module) -> float:
             """Checks, which warms it too."""
@@ -174,26 +163,34 @@ def run(name: str, row: results.Row, settings: Settings) -> None:
 
         row["max_error"] = admit("accelerated", mine)
         for kind in ALL_OTHERS:
+            if kind in calls:
+                continue
+            start = time.perf_counter()
             reason = None if kind in case.others else "not run for this case"
             try:
-                reason = reason or settings.why_not_compiled() or _missing(kind)
+                reason = reason or _why_not(kind, settings)
                 if reason is None:
-                    if kind != "compile":
-                        _export(model, x, file)
-                    admit(kind, contest.twin(model))
+                    if kind in EXPORTED:
+                        exports.export(model, x, file)
+                    admit(kind, build(name, "eager")[0] if kind == "eager" else contest.twin(model))
+                    row["took_s"][kind] = round(time.perf_counter() - start, 1)
             except Exception as error:  # whatever a peer throws, it does not serve this case
                 reason = results.describe(error)
             if reason is not None:
                 row["unavailable"][kind] = reason
         timings = measure.interleaved(calls, settings.budget_s(case.seconds))
+        start = time.perf_counter()
         peaks = {kind: peak_memory_of(name, kind, file) for kind in calls}
+        row["took_s"]["memory"] = round(time.perf_counter() - start, 1)
     _fill(row, timings, peaks)
 
 
-def _missing(kind: str) -> str | None:
+def _why_not(kind: str, settings: Settings) -> str | None:
+    if kind in MODES:
+        return None
     needed = {"onnxruntime": ("onnxruntime", "onnx"), "openvino": ("openvino", "onnx")}.get(kind, ())
     absent = [module for module in needed if importlib.util.find_spec(module) is None]
-    return f"{absent[0]} is not installed" if absent else None
+    return f"{absent[0]} is not installed" if absent else settings.why_not_compiled()
 
 
 def _fill(row: results.Row, timings: dict[str, measure.Timing], peaks: dict[str, float]) -> None:
@@ -201,10 +198,12 @@ def _fill(row: results.Row, timings: dict[str, measure.Timing], peaks: dict[str,
     row["peers"] = {kind: timing.ms for kind, timing in timings.items()}
     row["peers_spread"] = {kind: timing.spread for kind, timing in timings.items()}
     row["peers_cpu_ms"] = {kind: timing.cpu_ms for kind, timing in timings.items()}
+    row["peers_p95_ms"] = {kind: timing.p95_ms for kind, timing in timings.items()}
     row["peers_peak_mb"] = {kind: peaks[kind] for kind in timings}
     row |= {"ours_ms": mine.ms, "ours_spread": mine.spread, "ours_cpu_ms": mine.cpu_ms, "p95_ms": mine.p95_ms}
-    row |= {"peak_mb": peaks["accelerated"], "rounds": len(mine.samples)}
-    row |= measure.paired(timings[results.fastest_peer(row) or "original"], mine)
+    row |= {"peak_mb": peaks["accelerated"], "rounds": len(mine.samples), "images_s": 1e3 * row["shape"][0] / mine.ms}
+    row |= {"energy_absent": "not counted on a CPU", "mfu": row["floor_ms"] / mine.ms}
+    row |= measure.paired(timings[results.fastest_peer(row) or next(iter(timings))], mine)
 
 
 def peak_memory_of(case: str, kind: str, file: Path) -> float:
@@ -217,10 +216,10 @@ def peak_memory_of(case: str, kind: str, file: Path) -> float:
 
 def peak_memory(case: str, kind: str, file: Path) -> int:
     """Bytes of peak resident size above the loaded model, in this process."""
-    if kind in ("onnxruntime", "openvino"):
+    if kind in EXPORTED:
         model, x = nn.Identity(), torch.randn(CASES[case].shape)
     else:
-        model, x = build(case)
+        model, x = build(case, "eager" if kind == "eager" else CASES[case].others[0])
         if kind == "accelerated":
             fastvit.accelerate(model)
     call = _call(kind, model, x, file)

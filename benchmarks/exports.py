@@ -37,8 +37,8 @@ def onnxruntime_provider(x: Tensor) -> str:
     return provider
 
 
-def onnxruntime(file: Path, x: Tensor, shape: torch.Size, cuda_graph: bool = False) -> Call:
-    """A call of the file's model on x, the result of that shape, in x's dtype, and the same memory every time.
+def onnxruntime(file: Path, x: Tensor, cuda_graph: bool = False) -> Call:
+    """A call of the file's model on x, the result in x's dtype, and in the same memory every time.
 
     On a GPU ``cuda_graph`` lets ONNX Runtime capture and replay. A run waits for its result, as its users' do.
     """
@@ -54,7 +54,10 @@ def onnxruntime(file: Path, x: Tensor, shape: torch.Size, cuda_graph: bool = Fal
     session = ort.InferenceSession(str(file), options, providers=[(provider, of_provider)])
     if session.get_providers()[0] != provider:
         raise RuntimeError(f"onnxruntime left {provider} for {session.get_providers()[0]}")
-    x, out = x.contiguous(), torch.empty(shape, dtype=x.dtype, device=x.device)
+    x, shape = x.contiguous(), session.get_outputs()[0].shape
+    if not all(isinstance(size, int) for size in shape):  # the exporter could not tell: a run can
+        shape = session.run(None, {session.get_inputs()[0].name: x.cpu().numpy()})[0].shape
+    out = torch.empty(*shape, dtype=x.dtype, device=x.device)
     binding = session.io_binding()
     for bind, port, tensor in (
         (binding.bind_input, session.get_inputs()[0], x),

@@ -94,16 +94,16 @@ def accelerated(model: nn.Module, row: results.Row, **options: Any) -> nn.Module
     return mine
 
 
-def exported(model: nn.Module, x: Tensor, shape: torch.Size, folder: Path, small: bool) -> dict[str, Callable[[], contest.Call]]:
+def exported(model: nn.Module, x: Tensor, folder: Path, small: bool) -> dict[str, Callable[[], contest.Call]]:
     """ONNX Runtime, in float16, since its kernels for bfloat16 are few, and TensorRT in the model's own dtype."""
 
     def file() -> Path:
         exports.onnxruntime_provider(x)
         return exports.export(copy.deepcopy(model).half(), x.half(), folder / "model.onnx")
 
-    found: dict[str, Callable[[], contest.Call]] = {"onnxruntime": lambda: exports.onnxruntime(file(), x.half(), shape)}
+    found: dict[str, Callable[[], contest.Call]] = {"onnxruntime": lambda: exports.onnxruntime(file(), x.half())}
     if small:
-        found["onnxruntime_graph"] = lambda: contest.Captured(exports.onnxruntime(file(), x.half(), shape, cuda_graph=True))
+        found["onnxruntime_graph"] = lambda: contest.Captured(exports.onnxruntime(file(), x.half(), cuda_graph=True))
     return found | {"tensorrt": lambda: exports.tensorrt(copy.deepcopy(model), x)}
 
 
@@ -114,7 +114,7 @@ def run_vit(name: str, image: int, row: results.Row, settings: Settings) -> None
     others = {"eager": lambda: contest.inference(written_out(model), x)}
     others |= contest.variants("sdpa", lambda: contest.inference(model, x), small, autotuned=True, compiled="compile")
     with tempfile.TemporaryDirectory() as folder:
-        others |= exported(model, x, exact.shape, Path(folder), small)
+        others |= exported(model, x, Path(folder), small)
         ours = contest.variants("accelerated", lambda: contest.inference(mine, x), small)
         contest.run(row, settings, exact, others, ours)
 

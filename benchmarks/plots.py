@@ -1,9 +1,12 @@
-"""Pictures of a result: how near the floor (roofline), speed and memory against the number of tokens. Needs matplotlib."""
+"""Pictures of a result: how near the floor (roofline), speed and memory against the number of tokens; of whole models, images a
+second against the batch, and how many times as fast as the fastest peer. Needs matplotlib.
+"""
 
+import re
 from pathlib import Path
 from typing import Any
 
-from . import results
+from . import results, show
 from .results import Result, Row
 
 OURS, PEER, GREY = "#c2410c", "#1d4ed8", "#6b7280"
@@ -37,10 +40,12 @@ def _where(result: Result) -> str:
 
 
 def draw(result: Result, stem: Path) -> list[Path]:
-    """Writes ``<stem>-roofline.png``, ``-tokens.png`` and ``-memory.png``, as far as there are rows for them."""
+    """Writes ``<stem>-roofline.png``, ``-tokens``, ``-memory``, ``-images`` and ``-ratios``, each where there are rows for it."""
     drawn = [roofline(result, stem.with_name(f"{stem.name}-roofline.png"))]
     drawn.append(against_tokens(result, stem.with_name(f"{stem.name}-tokens.png"), memory=False))
     drawn.append(against_tokens(result, stem.with_name(f"{stem.name}-memory.png"), memory=True))
+    drawn.append(throughput(result, stem.with_name(f"{stem.name}-images.png")))
+    drawn.append(ratios(result, stem.with_name(f"{stem.name}-ratios.png")))
     return [path for path in drawn if path is not None]
 
 
@@ -114,4 +119,65 @@ def against_tokens(result: Result, path: Path, memory: bool) -> Path | None:
     if not memory:
         axes.set_ylim(bottom=0)
     axes.legend()
+    return _save(figure, path)
+
+
+def _whole(result: Result) -> list[Row]:
+    return [row for row in result["rows"] if row["op"] in show.WHOLE and row["ours_ms"]]
+
+
+def throughput(result: Result, path: Path) -> Path | None:
+    """Images a second of every model that was measured at several batch sizes, of everyone that ran at most of them."""
+    models: dict[str, list[tuple[int, Row]]] = {}
+    for row in _whole(result):
+        named = re.fullmatch(r"(?P<model>.*), batch (?P<batch>\d+)(?P<rest>.*)", row["case"])
+        if named:
+            models.setdefault(named["model"] + named["rest"], []).append((int(named["batch"]), row))
+    models = {name: sorted(rows, key=lambda pair: pair[0]) for name, rows in models.items() if len(rows) > 1}
+    if not models:
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(3, len(models))
+    lines = -(-len(models) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(5.5 * columns, 4.5 * lines), layout="constrained", squeeze=False)
+    figure.suptitle(f"Images a second: {_where(result)}")
+    for axes in grid.flat[len(models) :]:
+        axes.axis("off")
+    for axes, (name, rows) in zip(grid.flat, models.items(), strict=False):
+        batches = [batch for batch, _ in rows]
+        ran = [peer for _, row in rows for peer in row["peers"]]
+        kept = sorted(dict.fromkeys(ran), key=lambda peer: -ran.count(peer))[: len(OTHERS)]
+        for peer, colour in zip(kept, OTHERS, strict=False):
+            values = [1e3 * row["shape"][0] / row["peers"][peer] if peer in row["peers"] else float("nan") for _, row in rows]
+            axes.plot(batches, values, marker="o", ms=4, lw=1.2, color=colour, label=peer)
+        ours = [show.images_s(row) for _, row in rows]
+        axes.plot(batches, ours, marker="o", ms=8, color=OURS, lw=4, alpha=0.6, label="fastvit")
+        axes.set(title=name, xlabel="batch", xscale="log", ylim=(0, None))
+        axes.set_xticks(batches, [str(batch) for batch in batches], minor=False)
+        axes.minorticks_off()
+        axes.grid(True, color="#e5e7eb")
+        axes.legend(fontsize=8)
+    return _save(figure, path)
+
+
+def ratios(result: Result, path: Path) -> Path | None:
+    """How many times as fast as the fastest peer, a bar a model; what is below 1 is a loss, and grey."""
+    rows = [(row, found) for row in _whole(result) if (found := results.ratio(row))]
+    if not rows:
+        return None
+    figure, axes = _axes(f"Whole models: {_where(result)}", "times as fast as the fastest peer", "")
+    figure.set_size_inches(9, 1.5 + 0.4 * len(rows))
+    rows.reverse()  # bars are drawn from below
+    labels = [f"{row['case']}" for row, _ in rows]
+    axes.barh(labels, [found for _, found in rows], color=[OURS if found >= 1 else GREY for _, found in rows], height=0.6)
+    for place, (row, found) in enumerate(rows):
+        axes.annotate(
+            f"{found:.2f} × {results.fastest_peer(row)}", (found, place), xytext=(4, 0), textcoords="offset points", va="center"
+        )
+    axes.axvline(1.0, color="black", lw=1)
+    axes.set_xlim(0, 1.35 * max(found for _, found in rows))
     return _save(figure, path)

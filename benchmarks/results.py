@@ -33,7 +33,7 @@ ROOT_OF_IMPORTS = Path(fastvit.__file__).resolve().parents[1]
 NO_TIME = "left out: no time"
 LOSS = 0.05
 SOURCES = ("fastvit", "kernels", "benchmarks", ":!benchmarks/results")  # what a measurement depends on
-ANCHORS = ("original", "eager")  # peers that stay as they are while we change
+ANCHORS = ("original", "eager", "sdpa")  # peers that stay as they are while we change
 LIBRARIES = ("triton", "timm", "transformers", "segment-anything", "onnxruntime", "openvino", "xformers", "flash-attn")
 
 Row = dict[str, Any]

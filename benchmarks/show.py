@@ -84,22 +84,76 @@ def table(rows: Iterable[Row]) -> list[str]:
     return lines + ["| " + " | ".join(_cells(row)) + " |" for row in by_ratio(rows)]
 
 
-def model_table(rows: Iterable[Row]) -> list[str]:
-    """Whole models: a column for every contestant that was timed in any row; memory against the first of them."""
+def images_s(row: Row) -> float | None:
+    return 1e3 * row["shape"][0] / row["ours_ms"] if row["ours_ms"] else None
+
+
+def rate(per_second: float | None) -> str:
+    """Images a second, three digits."""
+    return "–" if per_second is None else f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
+    """Whole models: ``everyone`` a column for each contestant that was timed in any row, or else the fastest peer alone."""
     rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row["peers"]))
-    head = ["model", *names, "fastvit", "times as fast (quartiles)", "peak memory"]
+    names = list(dict.fromkeys(name for row in rows for name in row["peers"])) if everyone else []
+    mfu, joules = (any(row.get(key) for row in rows) for key in ("mfu", "joules_an_image"))
+    head = ["model", *(names or ["fastest peer"]), "fastvit (p95)", "images/s", "times as fast"]
+    head += ["MFU"] * mfu + ["peak memory"] + ["J an image"] * joules
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
+        best = results.fastest_peer(row)
+        peers = [duration(row["peers"].get(name)) for name in names]
+        if not names:
+            peers = ["none" if best is None else f"{best}, {duration(row['peers'][best])}"]
         if row.get("error"):
-            lines.append(f"| {row['case']} |" + " |" * len(names) + f" **failed**: {row['error']} | | |")
+            lines.append(
+                "| " + " | ".join([row["case"], *peers, f"**failed**: {row['error']}"]) + " |" * (len(head) - len(peers) - 1)
+            )
             continue
-        found, best = results.ratio(row), results.fastest_peer(row)
-        cells = [row["case"], *[duration(row["peers"].get(name)) for name in names], duration(row["ours_ms"])]
+        found, late = results.ratio(row), row.get("p95_ms")
+        cells = [row["case"], *peers, duration(row["ours_ms"]) + (f" ({duration(late)})" if late else ""), rate(images_s(row))]
         cells += [f"{found:.2f}{quartiles(row)}" if found else "–"]
+        cells += [f"{row['mfu']:.0%}" if row.get("mfu") else "–"] * mfu
         cells += [f"{memory(row['peers_peak_mb'].get(best))} → {memory(row['peak_mb'])}"]
+        if joules:
+            theirs = row.get("peers_joules_an_image", {}).get(best)
+            cells += [" → ".join("–" if energy is None else f"{energy:.3g}" for energy in (theirs, row.get("joules_an_image")))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def fp8_table(rows: Iterable[Row]) -> list[str]:
+    """What FP8 gives over fastvit's own bf16, and what it costs; nothing where no row is in FP8."""
+    rows = [row for row in rows if row.get("vs_bf16")]
+    lines = ["| in FP8 | fastvit in bf16 | fastvit in FP8 | times as fast | cosine of the features |", "|---|---|---|---|---|"]
+    for row in rows:
+        cells = [row["case"], duration(row["bf16_ms"]), duration(row["ours_ms"]), f"{row['vs_bf16']:.2f}", f"{row['cosine']:.5f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines if rows else []
+
+
+def everyone_table(rows: Iterable[Row]) -> list[str]:
+    """Everybody's median and 95th percentile in each row, ours by variant, and who did not run and why."""
+    lines = ["| model | median (p95) of everyone | not run |", "|---|---|---|"]
+    for row in rows:
+        late = row.get("peers_p95_ms", {})
+        times = [
+            f"{name} {duration(ms)}" + (f" ({duration(late[name])})" if name in late else "") for name, ms in row["peers"].items()
+        ]
+        times += [f"**{name}** {duration(ms)}" for name, ms in row.get("ours_variants", {}).items()]
+        absent = [f"{name}: {reason}" for name, reason in row["unavailable"].items()]
+        absent += [f"energy: {row['energy_absent']}"] if row.get("energy_absent") else []
+        lines.append(f"| {row['case']} | {', '.join(times) or '–'} | {'; '.join(absent).replace('|', '/') or '–'} |")
+    return lines
+
+
+def model_section(rows: list[Row], result: Result) -> list[str]:
+    """The tables of whole models: on a GPU, where contestants are many, the fastest peer's, FP8, and then everyone's."""
+    if result.get("gpu", "none") == "none":
+        return model_table(rows)
+    parts = [model_table(rows, everyone=False), fp8_table(rows), everyone_table(rows)]
+    return [line for part in parts if part for line in (*part, "")]
 
 
 def page(result: Result, pictures: Iterable[str] = ()) -> str:
@@ -115,8 +169,9 @@ def page(result: Result, pictures: Iterable[str] = ()) -> str:
         "Every result was checked against a reference before it was timed: a wrong one gets an error and no time.",
         "*Times as fast*: the fastest peer that computes the same, over fastvit, so above 1 fastvit is faster; in brackets the",
         "quartiles of paired runs. *Of the floor*: the time that arithmetic and bytes cannot do without, at the two rates above,",
-        "over fastvit's. *Peak memory*: what a call adds, that peer's → fastvit's. Where only one of the two could be a CUDA",
-        "graph, *times as fast* goes by both without one.",
+        "over fastvit's; *MFU*: the same of a whole model, by arithmetic alone. *p95*: the 95th percentile of latency.",
+        "*Peak memory*: what a call adds, that peer's → fastvit's. Where only one of the two could be a CUDA graph, *times as",
+        "fast* goes by both without one.",
         "",
         f"{len(rows)} measurements; fastvit is slower in {len(lost)}, failed in {len(failed)}.",
         "",
@@ -129,7 +184,7 @@ def page(result: Result, pictures: Iterable[str] = ()) -> str:
         firsts = [row for row in chosen if row["pass"] == "first_call"]
         timed = [row for row in chosen if row["pass"] != "first_call"]
         if timed:
-            lines += ["", f"## {op}", "", *(model_table(timed) if op in WHOLE else table(timed))]
+            lines += ["", f"## {op}", "", *(model_section(timed, result) if op in WHOLE else table(timed))]
         if firsts:
             lines += ["", f"## {op}: first call", "", *_first_calls(firsts)]
     errors = [f"- {results.name_of(row)}: {row['error']}" for row in failed]

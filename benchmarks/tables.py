@@ -8,6 +8,7 @@ Markers: ``<!-- table: NAME -->`` and ``<!-- end of table -->``, NAME one of ``T
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -21,10 +22,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/benchmarks.md")
 MARKED = re.compile(r"(<!-- table: (?P<name>[a-z ]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 UNMEASURED = (
-    "The kernels have **not been measured on a GPU yet**: they are compiled for sm_80, sm_90, sm_100, sm_120 and gfx942 and",
-    "their machine code is inspected on every test run ([what was found, and what is predicted]({docs}performance.md)).",
-    "`make gpu` measures them where there is a GPU.",
+    "**There was no GPU to measure on**: nothing here was timed on one, and the figures that follow are a compiler's or a CPU's.",
+    "The kernels are compiled for five architectures and their machine code is inspected on every test run ([what was found, and",
+    "what is predicted]({docs}performance.md)); `make gpu` measures them where there is a GPU.",
 )
+SNAPSHOTS = ROOT / "benchmarks" / "snapshots"
+NOT_TENSOR_CORE = {"registers", "stack", "shared", "occupancy", "spills", "instructions", "loop"}
 
 
 def newest(folder: Path, has_models: bool | None = None) -> tuple[Path, Result] | None:
@@ -80,13 +83,47 @@ def gpu(docs: bool) -> list[str]:
         if whole is not None:
             path, result = whole
             rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
-            lines += [*show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs), ""]
+            table = show.model_section(rows, result) if docs else show.model_table(rows, everyone=False)
+            lines += [*table, "", _caption(path, {**result, "rows": rows}, docs), ""]
         if operators is not None and docs:
             lines += [*_operators(*operators, docs), ""]
-    return lines or [line.format(docs="" if docs else "docs/") for line in UNMEASURED]
+    return lines or [*(line.format(docs="" if docs else "docs/") for line in UNMEASURED), "", *compiled()]
 
 
-TABLES: dict[str, Callable[[bool], list[str]]] = {"cpu models": cpu_models, "cpu operators": cpu_operators, "gpu": gpu}
+def compiled() -> list[str]:
+    """What the committed machine code amounts to, a line an architecture."""
+    lines = [
+        "| compiled for | kernels × launch configurations | on tensor cores | that spill registers | shared memory, at most |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for path in sorted(SNAPSHOTS.glob("*[0-9].json"), key=lambda path: (path.stem[:3] == "gfx", len(path.stem), path.stem)):
+        snapshot = json.loads(path.read_text())
+        rows = snapshot["rows"].values()
+        products = [row for row in rows if row.keys() - NOT_TENSOR_CORE]
+        kinds = sorted({kind for row in products for kind in row.keys() - NOT_TENSOR_CORE})
+        spilling = sum("stack" in row or "spills" in row for row in rows)
+        shared = max((row.get("shared", 0) for row in rows), default=0) / 1024
+        cells = [snapshot["target"], str(len(rows)), f"{len(products)} ({', '.join(kinds)})", str(spilling), f"{shared:.0f} KiB"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def goal_table(docs: bool) -> list[str]:
+    """The goals by the newest result of each GPU; without one, what is asked."""
+    folders = sorted(path for path in RESULTS.iterdir() if path.is_dir() and path.name != "cpu")
+    found = [(path, result) for folder in folders if (pair := newest(folder)) for path, result in [pair]]
+    lines: list[str] = []
+    for path, result in found:
+        lines += [f"**{result['gpu']}**", "", *goals.table(result["rows"]), "", _caption(path, result, docs), ""]
+    return lines or goals.table([])
+
+
+TABLES: dict[str, Callable[[bool], list[str]]] = {
+    "cpu models": cpu_models,
+    "cpu operators": cpu_operators,
+    "gpu": gpu,
+    "goals": goal_table,
+}
 
 
 def filled(text: str, docs: bool) -> str:

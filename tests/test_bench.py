@@ -290,7 +290,7 @@ def test_after_the_deadline_nothing_is_begun(tmp_path, capsys):
 
 
 def test_plots_of_a_whole_table(tmp_path):
-    """All three, of times that are made up: a sweep of lengths with peers, one of which is missing once."""
+    """All five, of times that are made up: a sweep of lengths with peers, one of which is missing once, and a model's batches."""
     rows = []
     for tokens in (197, 577, 1025):
         row = results.new_row(f"ViT-B/16 {tokens}", "attention", "forward", "fp32", [1, 2, tokens, tokens, 64])
@@ -298,9 +298,15 @@ def test_plots_of_a_whole_table(tmp_path):
         row |= {"peers": {"eager": tokens / 50}, "peers_peak_mb": {"eager": tokens**2 / 1e5}}
         rows.append(row)
     rows[0]["peers"]["sdpa"], rows[0]["peers_peak_mb"]["sdpa"] = 1.0, None
+    for batch, ours in ((1, 8.0), (8, 60.0), (64, 500.0)):
+        row = results.new_row(f"ViT-B/16 224, batch {batch}", "model", "forward", "fp32", [batch, 3, 224, 224])
+        rows.append(
+            row | {"ours_ms": ours, "floor_ms": 1.0, "peers": {"sdpa": 7.0 * batch} | ({"eager": 9.0} if batch == 1 else {})}
+        )
+    rows.append(results.new_row("SAM-B", "sam", "forward", "fp32", [1]) | {"error": "x"})
     about = {"gpu": "none", "threads": 2, "cpu": "CPU", "copy_gb_s": 10.0, "gemm_tflop_s": 0.1, "rows": rows}
     drawn = plots.draw(about, tmp_path / "x")
-    assert [path.name for path in drawn] == ["x-roofline.png", "x-tokens.png", "x-memory.png"]
+    assert [path.name for path in drawn] == [f"x-{name}.png" for name in ("roofline", "tokens", "memory", "images", "ratios")]
     assert all(path.stat().st_size > 10_000 for path in drawn)
 
 
@@ -320,6 +326,25 @@ def test_a_page_names_failures_and_losses():
     assert "- linear bad forward fp32 1: WrongResult: z" in page
 
 
+def test_a_gpus_models_have_latencies_energy_and_reasons():
+    """The fastest peer in the first table, FP8 against bf16 in the second, everyone and who is missing in the third."""
+    row = _row("ViT-L, batch 64, fp8", 4.0, op="model", shape=[64, 3], p95_ms=4.5, mfu=0.5, peak_mb=100.0)
+    row |= {"peers": {"torchao_float8": 6.0, "torchao_float8_compile": 5.0}, "peers_p95_ms": {"torchao_float8": 6.5}}
+    row |= {"joules_an_image": 0.05, "peers_joules_an_image": {"torchao_float8_compile": 0.08}, "vs_bf16": 1.5, "bf16_ms": 6.0}
+    row |= {"cosine": 0.99931, "ours_variants": {"accelerated_fp8": 4.0}, "unavailable": {"tensorrt": "No module named x"}}
+    failed = _row("ViT-H", None, op="model", error="WrongResult: y")
+    failed |= {"energy_absent": "no NVML"}
+    lines = show.model_section([row, failed], {"gpu": "H200"})
+    numbers = "4.00 ms (4.50 ms) | 16,000 | 1.25 | 50% | – → 100 MiB | 0.08 → 0.05"
+    assert f"| ViT-L, batch 64, fp8 | torchao_float8_compile, 5.00 ms | {numbers} |" in lines
+    assert "| ViT-L, batch 64, fp8 | 6.00 ms | 4.00 ms | 1.50 | 0.99931 |" in lines
+    everyone = "torchao_float8 6.00 ms (6.50 ms), torchao_float8_compile 5.00 ms, **accelerated_fp8** 4.00 ms"
+    assert f"| ViT-L, batch 64, fp8 | {everyone} | tensorrt: No module named x |" in lines
+    assert any(line.endswith("| energy: no NVML |") for line in lines)
+    (line,) = [line for line in lines if "**failed**" in line]
+    assert line.count("|") == lines[0].count("|")
+
+
 def test_the_tables_in_the_documentation_agree_with_the_result_files():
     assert [path.name for path, _ in tables.stale()] == [], "run python -m benchmarks.tables"
 
@@ -333,7 +358,7 @@ def test_every_marked_table_is_filled_from_the_newest_file(tmp_path, monkeypatch
         results.write(tmp_path / "cpu" / f"{day}-0123456.json", about | {"date": day, "rows": [row]})
     (tmp_path / "cpu" / "2026-03-01-0123456-quick.json").write_text("{}")
     text = tables.filled("a\n<!-- table: cpu models -->\nold\n<!-- end of table -->\nb\n", docs=False)
-    assert "| ViT | 6.00 ms | 2.00 ms | 3.00 | 10 MiB → 5.0 MiB |" in text
+    assert "| ViT | 6.00 ms | 2.00 ms | 500 | 3.00 | 10 MiB → 5.0 MiB |" in text
     assert "old" not in text
     assert text.startswith("a\n<!-- table: cpu models -->\n")
     assert text.endswith("<!-- end of table -->\nb\n")
@@ -349,7 +374,7 @@ def test_each_gpu_table_takes_the_newest_file_that_has_its_rows(tmp_path, monkey
     for day, row in (("2026-01-01", _row("ViT", 1.0, op="model")), ("2026-01-02", _row("fc1", 2.0))):
         results.write(tmp_path / "h200" / f"{day}-0123456.json", about | {"date": day, "rows": [row]})
     readme, docs = ("\n".join(tables.gpu(docs)) for docs in (False, True))
-    assert "| ViT | 1.00 ms |" in readme
+    assert "| ViT | none | 1.00 ms |" in readme
     assert "2026-01-01" in readme
     assert "fc1" not in readme
     assert "| ViT |" in docs
