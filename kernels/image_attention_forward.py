@@ -33,6 +33,7 @@ from .image_attention import (
     window_corner,
     windows_of,
 )
+from .image_attention_window import launch_window, serves
 
 
 @triton.jit
@@ -175,6 +176,10 @@ def launch_image_attention_forward(
 ) -> None:
     """Fills out, and lse unless None; rel_h and rel_w are the tables where there is a ``table_size``."""
     row, tile = row_for("image_attention_forward", qkv, heads, window)
+    if rel_h is not None and rel_w is not None and row.get("ONE_PASS") and table_size(qkv, heads, window):
+        if serves(qkv, heads, window, scale):
+            launch_window(qkv, pad, rel_h, rel_w, heads, window, scale, out, lse)
+            return
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
     launch(

@@ -1,15 +1,17 @@
 """image_attention against float64, on both backends: every way in which a window can meet the edge of the image."""
 
+import copy
 import re
 
 import pytest
 import torch
 import torch._dynamo.testing
+from fastvit.kernels import _launch, _tuning
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
 from fastvit import functional, reference
-from fastvit.ops import torch_backend, torch_image_attention
+from fastvit.ops import image_attention, torch_backend, torch_image_attention
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
 from tests.test_offsets import _far_apart as far_apart
@@ -93,6 +95,71 @@ def test_rows_wider_than_a_tile(backend, device, grid):
 def test_sams_windows(backend, device, dim):
     """14 × 14, the image ending 8 tokens into the second."""
     _check(_arguments(device, torch.bfloat16, grid=(14, 22), window=14, dim=dim))
+
+
+@pytest.fixture
+def one_pass(triton_backend, monkeypatch):
+    """Windows whose keys are held all at once, as on GPUs with the memory for it; the names of the launches made."""
+    table = copy.deepcopy(_tuning.table(_launch.target_of(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))))
+    for row in table["ops"]["image_attention_forward"]:
+        row["config"] |= {"TABLE": 32, "ONE_PASS": 1}
+    table["ops"]["image_attention_window"] = [
+        {"when": {}, "config": {"BLOCK_M": 64, "BLOCK_N": 64, "MIN_PROGRAMS": 4, "num_warps": 4, "num_stages": 1}}
+    ]
+    monkeypatch.setattr(_tuning, "table", lambda target: table)
+    _tuning.config.cache_clear()
+    names = []
+
+    def noted(op, *arguments, **options):
+        names.append(op)
+        _launch.launch(op, *arguments, **options)
+
+    for module in ("image_attention_window", "image_attention_forward"):
+        monkeypatch.setattr(f"fastvit.kernels.{module}.launch", noted)
+    yield names
+    _tuning.config.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grid", "window", "dim", "dtype"),
+    [
+        ((14, 17), 14, 80, torch.bfloat16),
+        ((9, 11), 4, 16, torch.float32),
+        ((5, 11), 4, 16, torch.float16),
+        ((10, 3), 9, 48, torch.bfloat16),
+        ((7, 5), 7, 64, torch.float16),
+        ((11, 2), 0, 32, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_window_in_one_pass(one_pass, device, grid, window, dim, dtype):
+    """One to four pieces of keys, the last of them narrower or not, with and without padding."""
+    _check(_arguments(device, dtype, grid=grid, window=window, dim=dim, heads=2))
+    assert one_pass[0] == "image_attention_window"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", [False, True], ids=["zeros", "pad"])
+def test_a_window_in_one_pass_gives_what_one_by_tiles_gives(one_pass, device, pad, monkeypatch):
+    """The output, and the lse that backward wants."""
+    arguments = _arguments(device, grid=(7, 9), window=6, pad=pad, batch=2)
+    call = (*(arguments.get(name) for name in ("qkv", "rel_pos_h", "rel_pos_w", "pad_qkv")), 1, (6, 6), 0.25)
+    results = [image_attention.image_attention_forward(*call)]
+    monkeypatch.setattr("fastvit.kernels.image_attention_forward.serves", lambda *arguments: False)
+    results.append(image_attention.image_attention_forward(*call))
+    assert one_pass == ["image_attention_window", "image_attention_forward"]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["no tables", "a scale of nothing", "a negative scale", "a padded head dim", "a large window"])
+@pytest.mark.slow
+def test_what_one_pass_does_not_serve_goes_by_tiles(one_pass, device, option):
+    window = 17 if option == "a large window" else 3
+    arguments = _arguments(device, grid=(4, 3), window=window, rel=option != "no tables", dim=8 if "head dim" in option else 16)
+    _check(arguments, scale={"a scale of nothing": 0.0, "a negative scale": -0.5}.get(option))
+    assert one_pass[0] != "image_attention_window"
 
 
 @pytest.mark.slow
