@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from . import cases, cpu_models, first_call, launches, measure, models, operators, plan, results, sam, training
+from . import cases, cpu_models, first_call, launches, linear_8bit, measure, models, operators, plan, results, sam, training
 from .settings import Settings, Task
 
 OPERATORS = tuple(cases.ALL)
-WHOLE = ("models", "sam", "training", "launches", "first_call")
+WHOLE = ("models", "sam", "training", "linear_8bit", "launches", "first_call")
 PARTS = (*OPERATORS, *WHOLE)
 FIRST = "first"
 CPU_PARTS = ("models", *OPERATORS)
@@ -42,6 +42,7 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
             raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join(CPU_PARTS)}")
         return cpu_models.tasks(settings)
     whole = {"models": models, "sam": sam, "training": training, "launches": launches, "first_call": first_call}
+    whole |= {"linear_8bit": linear_8bit}
     return whole[part].tasks(settings)
 
 
