@@ -28,6 +28,52 @@ OPS = {torch.float8_e4m3fn: "linear_fp8", torch.int8: "linear_int8"}
 
 
 @triton.jit
+def _finish(
+    acc,
+    m,
+    first_n,
+    tile_n,
+    b_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    out_scale_ptr,
+    M,
+    N,
+    stride_residual_m,
+    ACTIVATION: tl.constexpr,
+    HALVINGS: tl.constexpr,
+):
+    """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear_8bit``'s. Each halving
+    takes the columns in two parts, one after the other: fewer registers, so that two programs share a multiprocessor."""
+    columns: tl.constexpr = acc.shape[1]
+    if HALVINGS > 0:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, columns // 2)), (0, 2, 1)))
+        # fmt: off
+        _finish(left, m, first_n, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
+                stride_residual_m, ACTIVATION, HALVINGS - 1)
+        _finish(right, m, first_n + columns // 2, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
+                stride_residual_m, ACTIVATION, HALVINGS - 1)
+        # fmt: on
+    else:
+        n = first_n + tl.arange(0, columns)
+        inside = (m < M)[:, None] & (n < N)[None, :]
+        acc *= tl.load(b_scale_ptr + tl.minimum(n, N - 1))[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
+        acc = activate(acc, ACTIVATION, False)
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
+        if out_scale_ptr is not None:
+            tl.static_assert(columns == 128, "a tile is as wide as what shares a scale")
+            values, out_scale = to_8_bits(tl.where((n < N)[None, :], acc, 0.0), 1, out_ptr.dtype.element_ty)
+            tl.store(out_scale_ptr + tile_n.to(tl.int64) * M + m, out_scale, mask=m < M)
+            tl.store(out_ptr + m[:, None] * N + n[None, :], values, mask=inside)
+        else:
+            tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _linear_8bit(
     a_ptr,  # [M, K] e4m3 or int8
     b_ptr,  # [N, K], as A
@@ -51,6 +97,7 @@ def _linear_8bit(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    HALVINGS: tl.constexpr,
 ):
     tl.static_assert(128 % BLOCK_K == 0, "a step over K stays within a scale")
     program = tl.program_id(0)
@@ -88,23 +135,12 @@ def _linear_8bit(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
-    inside = (m < M)[:, None] & (n < N)[None, :]
-    if BLOCK_SCALES:
-        acc *= tl.load(b_scale_ptr + b_row)[None, :]
-    else:
-        acc = acc.to(tl.float32) * tl.load(a_scale_ptr + a_row)[:, None] * tl.load(b_scale_ptr + b_row)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + b_row).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION, False)
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
-    if out_scale_ptr is not None:
-        tl.static_assert(BLOCK_N == 128, "a tile is as wide as what shares a scale")
-        values, out_scale = to_8_bits(tl.where((n < N)[None, :], acc, 0.0), 1, out_ptr.dtype.element_ty)
-        tl.store(out_scale_ptr + tile_n.to(tl.int64) * M + m, out_scale, mask=m < M)
-        tl.store(out_ptr + m[:, None] * N + n[None, :], values, mask=inside)
-    else:
-        tl.store(out_ptr + m[:, None] * N + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+    if not BLOCK_SCALES:
+        acc = acc.to(tl.float32) * tl.load(a_scale_ptr + a_row)[:, None]
+    # fmt: off
+    _finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
+            stride_residual_m, ACTIVATION, HALVINGS)
+    # fmt: on
 
 
 @planned
@@ -125,7 +161,7 @@ def launch_linear_8bit(
     """
     (m, k), n = a.shape, b.shape[0]
     op = OPS[a.dtype] if out_scale is None else f"{OPS[a.dtype]}_quantized"
-    row = config(op, target_of(a), rows=m)
+    row = config(op, target_of(a), rows=m, blocks=int(a_scale.dim() == 2))
     launch(
         op,
         _linear_8bit,
@@ -149,5 +185,6 @@ def launch_linear_8bit(
         ACTIVATION=activation or "none",
         BLOCK_SCALES=a_scale.dim() == 2,
         PROMOTE=row.get("PROMOTE", 0),
+        HALVINGS=row.get("HALVINGS", 0),
         EVEN_K=k % row["BLOCK_K"] == 0,
     )
