@@ -26,7 +26,7 @@ STEPS = 2  # on a ladder, for one knob alone; one each where two change
 WORTH = 0.02  # a winner is this much faster than the committed config, or that stays
 
 # Shape numbers that say how much there is to do, not how large a tile is: beyond the largest measured nothing changes.
-SIZES = ("queries", "keys", "rows")
+SIZES = ("queries", "keys", "rows", "columns", "depth")
 
 Config = dict[str, int]
 Shape = dict[str, int]

@@ -7,9 +7,12 @@
 
 Shapes: A [M, K], B [N, K], out and pre [M, N], bias [N]; strides are free, so a transposed operand is only a swap of strides
 (dx = dy · W, dW = dyᵀ · x). float16, bfloat16 and float32, summed in float32; float32 products are exact (no TF32)
-unless PyTorch itself allows TF32. Programs walk the output in groups of GROUP_M rows of tiles so that B stays in L2.
+unless PyTorch itself allows TF32. Programs walk the output in groups of GROUP_M rows of tiles so that B stays in L2. Products of
+few tiles and many steps are ``linear_split``'s.
 Reference: ``fastvit.reference.linear``, ``mlp``.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -50,7 +53,7 @@ def finish(
     ACTIVATION: tl.constexpr,
     BACKWARD: tl.constexpr,
     EXACT: tl.constexpr,
-    HALVINGS: tl.constexpr = 0,
+    HALVINGS: tl.constexpr,
 ):
     """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear``'s. Each halving takes
     the columns in two parts, one after the other: fewer registers, so that two programs share a multiprocessor."""
@@ -93,12 +96,14 @@ def _linear(
     M,
     N,
     K,
+    depth,  # of K that a split takes, a multiple of BLOCK_K
     stride_a_m,
     stride_a_k,
     stride_b_n,
     stride_b_k,
     stride_pre_m,
     stride_out_m,
+    SPLIT: tl.constexpr,  # out is [splits, M, N], of products alone
     ACTIVATION: tl.constexpr,
     BACKWARD: tl.constexpr,
     A_TRANSPOSED: tl.constexpr,
@@ -110,7 +115,7 @@ def _linear(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    HALVINGS: tl.constexpr = 0,
+    HALVINGS: tl.constexpr,
 ):
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -131,8 +136,17 @@ def _linear(
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
     step_a = tl.full([], BLOCK_K, tl.int64) * stride_a_k
     step_b = tl.full([], BLOCK_K, tl.int64) * stride_b_k
+    first_k = 0
+    last_k = K
+    if SPLIT:
+        split = tl.program_id(1)
+        first_k = split * depth
+        last_k = tl.minimum(first_k + depth, K)
+        a_ptrs += first_k.to(tl.int64) * stride_a_k
+        b_ptrs += first_k.to(tl.int64) * stride_b_k
+        out_ptr += split.to(tl.int64) * M * N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
+    for start in range(first_k, last_k, BLOCK_K):
         a = load_operand(a_ptrs, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)
         b = load_operand(b_ptrs, (n < N)[None, :], (k < K - start)[:, None], B_TRANSPOSED, EVEN_K)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
@@ -176,38 +190,64 @@ def launch_linear(
 ) -> None:
     """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1. All but b may be
     contiguous with more dimensions instead."""
-    (m, k, stride_a_m), n, stride_a_k = as_matrix(a), b.shape[0], a.stride(-1)
-    op = "linear_backward" if backward else "linear"
-    row = config(op, target_of(a), element_size=a.element_size(), rows=m)
+    op, row = row_for(a, b, backward)
     launch(
         op,
         _linear,
-        (triton.cdiv(m, row["BLOCK_M"]) * triton.cdiv(n, row["BLOCK_N"]),),
+        (tiles(a, b, row),),
         a,
         row,
-        a_ptr=a,
-        b_ptr=b,
         bias_ptr=bias,
         pre_ptr=pre,
         out_ptr=out,
         hidden_ptr=hidden,
-        M=m,
-        N=n,
-        K=k,
-        stride_a_m=stride_a_m,
-        stride_a_k=stride_a_k,
-        stride_b_n=b.stride(0),
-        stride_b_k=b.stride(1),
+        depth=a.shape[-1],
         stride_pre_m=row_stride(pre),
         stride_out_m=row_stride(out),
+        SPLIT=False,
         ACTIVATION=activation or "none",
         BACKWARD=backward,
-        A_TRANSPOSED=stride_a_k != 1,
-        B_TRANSPOSED=b.stride(1) != 1,
-        EVEN_K=k % row["BLOCK_K"] == 0,
-        EXACT=a.dtype == torch.float32,
-        INPUT_PRECISION=input_precision(a.dtype),
+        **operands(a, b, row),
     )
+
+
+def row_of(target: str, backward: bool, element_size: int, rows: int, columns: int, depth: int) -> tuple[str, dict[str, int]]:
+    """The operator that a product [rows, columns] over ``depth`` is looked up as, and its launch config."""
+    op = "linear_backward" if backward else "linear"
+    return op, config(op, target, element_size=element_size, rows=rows, columns=columns, depth=depth)
+
+
+def row_for(a: torch.Tensor, b: torch.Tensor, backward: bool) -> tuple[str, dict[str, int]]:
+    """``row_of`` a · bᵀ."""
+    rows, depth, _ = as_matrix(a)
+    return row_of(target_of(a), backward, a.element_size(), rows, b.shape[0], depth)
+
+
+def tiles(a: torch.Tensor, b: torch.Tensor, row: dict[str, int]) -> int:
+    """How many tiles a · bᵀ has."""
+    return triton.cdiv(as_matrix(a)[0], row["BLOCK_M"]) * triton.cdiv(b.shape[0], row["BLOCK_N"])
+
+
+def operands(a: torch.Tensor, b: torch.Tensor, row: dict[str, int]) -> dict[str, Any]:
+    """The arguments of ``_linear`` that describe a · bᵀ."""
+    (m, k, stride_a_m), stride_a_k = as_matrix(a), a.stride(-1)
+    return {
+        "a_ptr": a,
+        "b_ptr": b,
+        "M": m,
+        "N": b.shape[0],
+        "K": k,
+        "stride_a_m": stride_a_m,
+        "stride_a_k": stride_a_k,
+        "stride_b_n": b.stride(0),
+        "stride_b_k": b.stride(1),
+        "A_TRANSPOSED": stride_a_k != 1,
+        "B_TRANSPOSED": b.stride(1) != 1,
+        "EVEN_K": k % row["BLOCK_K"] == 0,
+        "HALVINGS": row.get("HALVINGS", 0),
+        "EXACT": a.dtype == torch.float32,
+        "INPUT_PRECISION": input_precision(a.dtype),
+    }
 
 
 @planned

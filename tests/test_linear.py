@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels._tuning import override
+from fastvit.kernels import linear_split
+from fastvit.kernels._tuning import config, override
 
 import fastvit
 from fastvit import functional, reference
@@ -167,6 +168,49 @@ def test_mlp_batch_dimensions(backend, device, lead):
 def test_mlp_layouts(backend, device, layout):
     arguments = _mlp_arguments((2, 7, 16), 40, 24, torch.bfloat16, device)
     _check_mlp({name: lay_out(value, "gaps" if value.dim() == 1 else layout) for name, value in arguments.items()})
+
+
+# --- K split among programs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tiles_of_many_steps(device, dtype):
+    arguments = _arguments(5, 20, 1990, dtype, device)
+    with fastvit.use_backend("triton"):
+        assert linear_split.splits_of(arguments["input"], arguments["weight"]) > 1
+        _check(arguments, "gelu")
+
+
+def test_a_weight_gradient_over_many_tokens(device):
+    arguments = _arguments(1400, 16, 8, torch.bfloat16, device)
+    with fastvit.use_backend("triton"):
+        assert linear_split.splits_of(arguments["weight"].new_empty(1400, 16).t(), arguments["input"].t()) > 1
+        _check(arguments)
+
+
+def test_a_hidden_gradient_from_many_outputs(device):
+    """Backward's epilogue, derivative and hidden layer, in the kernel that adds up."""
+    arguments = _mlp_arguments((6, 8), 24, 2000, torch.bfloat16, device)
+    with fastvit.use_backend("triton"):
+        assert linear_split.splits_of(arguments["input"].new_empty(6, 2000), arguments["fc2_weight"].t(), True) > 1
+        _check_mlp(arguments)
+
+
+@pytest.mark.parametrize(
+    ("shape", "split"),
+    [((197, 768, 3072), True), ((257, 1280, 5120), True), ((197, 3072, 768), False), ((50432, 768, 3072), False)],
+    ids=["ViT-B fc2, batch 1", "ViT-H fc2, batch 1", "ViT-B fc1, batch 1", "ViT-B fc2, batch 256"],
+)
+def test_what_is_split(shape, split):
+    """Where programs are fewer than multiprocessors and K is long; no part is empty."""
+    parts, row = linear_split._splits_of("sm_90", False, 2, *shape), config("linear", "sm_90", element_size=2, **_named(*shape))
+    assert (parts > 1) == split
+    steps = -(-shape[2] // row["BLOCK_K"])
+    assert (parts - 1) * -(-steps // parts) < steps
+
+
+def _named(rows, columns, depth):
+    return {"rows": rows, "columns": columns, "depth": depth}
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_backward"])

@@ -75,8 +75,8 @@ def _add_layer_norm(channels: int, dtype: torch.dtype = HALF) -> None:
     layer_norm_op.add_layer_norm_backward(y, total, x, total, parameter, parameter, parameter, mean, rstd, dtype, dtype)
 
 
-def _linear(rows: int, dtype: torch.dtype = HALF, activation: str | None = None) -> None:
-    x, weight, bias = _meta(rows, 768, dtype=dtype), _meta(3072, 768, dtype=dtype), _meta(3072, dtype=dtype)
+def _linear(rows: int, dtype: torch.dtype = HALF, activation: str | None = None, columns: int = 3072) -> None:
+    x, weight, bias = _meta(rows, 768, dtype=dtype), _meta(columns, 768, dtype=dtype), _meta(columns, dtype=dtype)
     linear_op.linear_forward(x, weight, bias, activation, False)
 
 
@@ -203,6 +203,7 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for rows in _bounds(target, "rows", ("linear", "linear_backward"), 16384):
         yield f"linear bf16 M={rows}", partial(_linear, rows)
         yield f"linear bf16 M={rows} gelu", partial(_linear, rows, activation="gelu")
+        yield f"linear bf16 M={rows} N=768", partial(_linear, rows, columns=768)
         yield f"mlp bf16 M={rows} training", partial(_mlp_training, rows)
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)

@@ -44,8 +44,13 @@ def _product(
         rows = out if out.dim() == 2 else out.view(a.shape[0], b.shape[0])
         with torch.no_grad():  # raw operators record nothing, and out= refuses tensors that want a gradient
             torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
-    else:
+        return out
+    splits = kernels.linear_split.splits_of(a, b, backward)
+    if splits == 1:
         kernels.linear.launch_linear(a, b, contiguous(bias), out, pre, hidden, activation, backward)
+    else:
+        partial = a.new_empty(splits, out.numel() // b.shape[0], b.shape[0], dtype=torch.float32)
+        kernels.linear_split.launch_linear_split(a, b, contiguous(bias), out, partial, pre, hidden, activation, backward)
     return out
 
 
