@@ -11,7 +11,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import backend as _backend
+from . import graphs
 from .integrations import dispatched, multihead, probe, quantized, swap
 from .integrations.parts import AnyLayout, find_layout
+from .nn import EncoderBlock
 from .ops.quantized import FORMATS
 from .ops.quantized import why_not as why_not_in_8_bits
 from .quantization import Accuracy
@@ -41,6 +43,7 @@ class _State:
     options: dict[str, Any]
     skipped: dict[str, str]
     served: tuple[str, ...]
+    ungraphed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ def accelerate(
         backend: "auto" follows ``fastvit.get_backend()`` at every call; "triton" or "torch" pins these blocks to one.
         precision: None keeps the model's own dtype. "fp8" and "int8" compute linears in 8 bits, for inference on NVIDIA GPUs of
             compute capability 8.9 and 8.0 and later; what ``quantization.accuracy`` returned does so where that is accurate.
-        cuda_graphs: must be False in this version.
+        cuda_graphs: calls in inference that come again with the same signature (shapes, strides, dtypes and all that is no
+            tensor) replay a CUDA graph: small batches no longer wait for launches. A call that cannot be replayed, every one
+            without a CUDA device among them, runs as it would without, and the report says why.
         dry_run: changes nothing; ``report(model)`` then shows what would be done.
 
     Raises:
@@ -84,7 +89,7 @@ def accelerate(
             served blocks were wrapped since (``fully_shard``), or 8 bits asked for where they do not run.
     """
     _check_module(model)
-    _check_options(backend, precision, cuda_graphs)
+    _check_options(backend, precision)
     if not dry_run:
         _check_precision(model, backend, precision)
     _check_unwrapped(model)
@@ -103,7 +108,8 @@ def accelerate(
             return model
         _serve(model, plan, backend)
         options = {"include": included, "exclude": excluded, "backend": backend}
-        model.__dict__[STATE] = _State(options, plan.skipped, tuple(plan.layouts))
+        ungraphed = _graph(model, plan) if cuda_graphs else {}
+        model.__dict__[STATE] = _State(options, plan.skipped, tuple(plan.layouts), ungraphed)
     _dry_runs.pop(model, None)
     return model
 
@@ -167,7 +173,7 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
 
     @contextmanager
     def counting() -> Iterator[None]:
-        with without(), _without_gradients(model), observed(model, alone, watch):
+        with graphs.paused(model), without(), _without_gradients(model), observed(model, alone, watch):
             yield
 
     inputs, keywords = _pytree.tree_map_only(Tensor, Tensor.detach, (inputs, keywords))
@@ -205,7 +211,9 @@ def _found(model: nn.Module) -> tuple[Report, dict[str, AnyLayout]]:
     gone = [name for name in state.served if name not in served] if state else []
     skipped.update(dict.fromkeys(gone, "it was served, and was restored or replaced since"))
     accelerated = bool(replaced) or (state is not None and not gone)
-    return Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=accelerated), layouts
+    graphed = graphs.describe(model) | (state.ungraphed if state else {})
+    found = Report(replaced, skipped, fallbacks, _describe_backend(model, pinned), accelerated=accelerated, graphs=graphed)
+    return found, layouts
 
 
 def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
@@ -220,7 +228,7 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
     ``trace`` has, for every call of a block, the error of its output and its own error: that of the accelerated block given
     the input that it gets in the original, which is what tells a wrong block (``first_out_of_line``) from those after it,
     which inherit its error. For that a block on the fused path runs three times in all, and its outputs of the accelerated
-    run wait on the CPU.
+    run wait on the CPU. CUDA graphs are left aside: what they replay are the launches of these very runs.
 
     Raises ``ValueError`` when ``model`` has no accelerated block or its blocks were wrapped since (``fully_shard``),
     ``TypeError`` when it is no module.
@@ -235,16 +243,17 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
     try:
         for serving in switch.servings.values():
             serving.fallback = None
-        return compare(
-            model,
-            inputs,
-            keywords,
-            switch.blocks,
-            within=within,
-            without=switch.off,
-            again=lambda block: switch.on(block, within),
-            fell_back=lambda block: switch.servings[block].fallback is not None,
-        )
+        with graphs.paused(model):
+            return compare(
+                model,
+                inputs,
+                keywords,
+                switch.blocks,
+                within=within,
+                without=switch.off,
+                again=lambda block: switch.on(block, within),
+                fell_back=lambda block: switch.servings[block].fallback is not None,
+            )
     finally:
         for module, fallback in before.items():
             switch.servings[module].fallback = fallback
@@ -361,8 +370,16 @@ def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
                 swap.link(module, following)
 
 
+def _graph(model: nn.Module, plan: _Plan) -> dict[str, str]:
+    """Graphs the model and what is around its fused blocks; returns module name → why it is not graphed."""
+    fused = [name for name, module in model.named_modules() if isinstance(module, EncoderBlock)]
+    return graphs.attach(model, [*plan.layouts, *fused], _why_not_swap)
+
+
 def _release(model: nn.Module) -> None:
     for module in model.modules():
+        if graphs.is_graphed(module):
+            graphs.release(module)
         if swap.is_served(module):
             swap.release(module)
         module.__dict__.pop(STATE, None)
@@ -379,14 +396,14 @@ _Snapshot = list[tuple[nn.Module, type, dict[str, Any]]]
 
 
 def _snapshot(model: nn.Module) -> _Snapshot:
-    keys = (swap.ATTRIBUTE, STATE)
+    keys = (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE)
     return [(m, type(m), {key: m.__dict__[key] for key in keys if key in m.__dict__}) for m in model.modules()]
 
 
 def _revert(snapshot: _Snapshot) -> None:
     for module, cls, entries in snapshot:
         dispatched.exchange_class(module, cls)
-        for key in (swap.ATTRIBUTE, STATE):
+        for key in (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE):
             module.__dict__.pop(key, None)
         module.__dict__.update(entries)
 
@@ -415,7 +432,7 @@ def _check_module(model: Any) -> None:
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
 
 
-def _check_options(backend: str, precision: str | Accuracy | None, cuda_graphs: bool) -> None:
+def _check_options(backend: str, precision: str | Accuracy | None) -> None:
     if backend not in _backend.BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(_backend.BACKENDS)}")
     if precision not in (None, *FORMATS) and not isinstance(precision, Accuracy):
@@ -423,8 +440,6 @@ def _check_options(backend: str, precision: str | Accuracy | None, cuda_graphs: 
             f"precision is {precision!r}; expected None (the model's own dtype), {', '.join(map(repr, FORMATS))} or what"
             " quantization.accuracy returned"
         )
-    if cuda_graphs:
-        raise ValueError("cuda_graphs=True is not in this version; leave it False, or capture the accelerated model yourself")
 
 
 def _check_precision(model: nn.Module, backend: str, precision: str | Accuracy | None) -> None:

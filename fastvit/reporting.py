@@ -29,7 +29,8 @@ class Report:
     """What ``accelerate`` did, or would do (``planned``).
 
     ``replaced``: module name → what serves it. ``skipped``: module name → why it was left as it was. ``fallbacks``: module
-    name → why a served module last ran its own forward. ``accelerated``: whether the model is. Where inputs were given to
+    name → why a served module last ran its own forward. ``graphs``: module name → how many CUDA graphs it has and what its
+    last call did, where they were asked for. ``accelerated``: whether the model is. Where inputs were given to
     ``report``, ``total_flops`` is what the model's matrix products, convolutions and attention take on them (2 a
     multiply-add) and ``flops`` maps a module name to those of its that are fused; ``fused_share`` is their part of the total.
     ``served_by``, where a GPU serves the model on ``auto``: operator and sizes → what served it in inference, and why.
@@ -46,6 +47,7 @@ class Report:
     flops: dict[str, int] = field(default_factory=dict)
     total_flops: int | None = None
     served_by: dict[str, str] = field(default_factory=dict)
+    graphs: dict[str, str] = field(default_factory=dict)
 
     @property
     def fused_share(self) -> float | None:
@@ -73,6 +75,7 @@ class Report:
             "replaced": dict(self.replaced),
             "skipped": dict(self.skipped),
             "fallbacks": dict(self.fallbacks),
+            "graphs": dict(self.graphs),
             "flops": dict(self.flops),
             "total_flops": self.total_flops,
             "fused_share": self.fused_share,
@@ -113,6 +116,7 @@ class Report:
 
     def _facts(self) -> list[str]:
         facts = [f"backend: {self.backend}"] if self.replaced and self.backend else []
+        facts += [f"CUDA graphs of {name or 'the model'}: {outcome}" for name, outcome in self.graphs.items()]
         if self.fused_share is not None:
             facts.append(f"fused: {self.fused_share:.1%} of {_readable(self.total_flops or 0)}")
         return facts + [f"{call} → {way}" for call, way in self.served_by.items()]

@@ -426,7 +426,6 @@ def test_half_done_work_is_undone(monkeypatch):
         ({"backend": "cuda"}, "expected one of auto, triton, torch"),
         ({"precision": "fp8"}, "leave precision=None"),
         ({"precision": "int8"}, "expected None"),
-        ({"cuda_graphs": True}, "cuda_graphs=True is not in this version"),
         ({"include": "layers.*.attention_"}, "matches no module"),
         ({"exclude": ["nothing"]}, "matches no module"),
     ],

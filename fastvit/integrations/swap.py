@@ -53,66 +53,75 @@ class Serving:
         return self.layout.describe() + self.note
 
 
-class ServedBlock(nn.Module):
-    """Mixed in before a block's own class: runs the fused path where it can and the class's own forward otherwise."""
+class Swapped(nn.Module):
+    """Mixed in before a module's own class by ``swapped_class``; copies and pickles go by that and are swapped again."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *rest = reduced
-        arguments = tuple(original_class(type(self)) if value is type(self) else value for value in arguments)
-        return (_rebuild, (function, arguments), *rest)
+        mixins, cls = [], type(self)
+        while "_fastvit_original" in cls.__dict__:
+            mixins.append(cls.__bases__[0])
+            cls = original_class(cls)
+        arguments = tuple(cls if value is type(self) else value for value in arguments)
+        return (_rebuild, (function, arguments, tuple(reversed(mixins))), *rest)
 
 
-def _rebuild(function: Any, arguments: tuple) -> nn.Module:
+def _rebuild(function: Any, arguments: tuple, mixins: tuple) -> nn.Module:
     module = function(*arguments)
-    module.__class__ = served_class(type(module))
+    for mixin in mixins:
+        module.__class__ = swapped_class(type(module), mixin)
     return module
 
 
-_served_classes: dict[type, type] = {}
+_swapped_classes: dict[tuple[type, Any], type] = {}
 
 
-def served_class(cls: type) -> type:
-    """The subclass of ``cls`` that serves its instances; always the same one."""
-    if cls not in _served_classes:
-        _served_classes[cls] = _derive(cls)
-    return _served_classes[cls]
+def swapped_class(cls: Any, mixin: Any) -> type:
+    """The subclass of ``cls``, of the same name, whose forward is ``mixin.forward_of(cls, cls.forward)``; always the same one."""
+    if (cls, mixin) not in _swapped_classes:
+        forward = functools.wraps(cls.forward)(mixin.forward_of(cls, cls.forward))
+        members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward}
+        swapped = type(cls)(cls.__name__, (mixin, cls), {**members, "_fastvit_original": cls})
+        _swapped_classes[cls, mixin] = swapped
+    return _swapped_classes[cls, mixin]
 
 
-def _derive(cls: Any) -> type:
-    own_forward = cls.forward
+class ServedBlock(Swapped):
+    """Mixed in before a block's own class: runs the fused path where it can and the class's own forward otherwise."""
 
-    @functools.wraps(own_forward)
-    def forward(self, *args, **kwargs):
-        serving = self.__dict__.get(ATTRIBUTE)
-        if cls.forward is not own_forward:
-            call: Any = "its class was given another forward"
-        elif serving is None:
-            call = "it carries no description of its parts"
-        else:
-            known = serving.look_up(self)
-            call = _read(self, serving, args, kwargs, known)
-        if isinstance(call, str):
-            _note(serving, call)
-            return cls.forward(self, *args, **kwargs)
-        _note(serving, None)
-        if isinstance(call, multihead.MultiheadCall):
-            return compute_multihead(self, call, serving.backend)
-        if isinstance(call, decoder.DecoderCall):
-            return compute_decoder(self, serving.layout, call, serving.backend)
-        if isinstance(call, two_way.TwoWayCall):
-            return compute_two_way(self, serving.layout, call, serving.backend)
-        if serving.weights is not None:
-            out = quantized.compute(self, serving.layout, serving.weights, call, serving.backend, known)
-        else:
-            out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
-        return out if call.present is None else nested_again(out, call.present)
+    @staticmethod
+    def forward_of(cls: Any, own_forward: Any) -> Any:
+        def forward(self, *args, **kwargs):
+            serving = self.__dict__.get(ATTRIBUTE)
+            if cls.forward is not own_forward:
+                call: Any = "its class was given another forward"
+            elif serving is None:
+                call = "it carries no description of its parts"
+            else:
+                known = serving.look_up(self)
+                call = _read(self, serving, args, kwargs, known)
+            if isinstance(call, str):
+                _note(serving, call)
+                return cls.forward(self, *args, **kwargs)
+            _note(serving, None)
+            if isinstance(call, multihead.MultiheadCall):
+                return compute_multihead(self, call, serving.backend)
+            if isinstance(call, decoder.DecoderCall):
+                return compute_decoder(self, serving.layout, call, serving.backend)
+            if isinstance(call, two_way.TwoWayCall):
+                return compute_two_way(self, serving.layout, call, serving.backend)
+            if serving.weights is not None:
+                out = quantized.compute(self, serving.layout, serving.weights, call, serving.backend, known)
+            else:
+                out = compute(self, serving.layout, call, serving.backend, serving.next_norm, known)
+            return out if call.present is None else nested_again(out, call.present)
 
-    members = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "forward": forward}
-    return type(cls)(cls.__name__, (ServedBlock, cls), {**members, "_fastvit_original": cls})
+        return forward
 
 
 def original_class(cls: type) -> type:
+    """The class that ``swapped_class`` was given."""
     return cls.__dict__["_fastvit_original"]
 
 
@@ -121,12 +130,12 @@ def is_served(module: nn.Module) -> bool:
 
 
 def is_wrapped(module: nn.Module) -> bool:
-    """Whether a served block was given yet another class since (as ``fully_shard`` does)."""
-    return is_served(module) and "_fastvit_original" not in type(module).__dict__
+    """Whether a served block, or a graphed module, was given yet another class since (as ``fully_shard`` does)."""
+    return isinstance(module, Swapped) and "_fastvit_original" not in type(module).__dict__
 
 
 def serve(module: nn.Module, serving: Serving) -> None:
-    exchange_class(module, served_class(type(module)))
+    exchange_class(module, swapped_class(type(module), ServedBlock))
     module.__dict__[ATTRIBUTE] = serving
 
 

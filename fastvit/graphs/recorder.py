@@ -1,0 +1,82 @@
+"""Records a function's launches on a GPU, for them to be made again all at once: ``torch.cuda.CUDAGraph``."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+WARM_UP = 2  # runs beforehand: kernels are compiled, launch plans made and libraries set up outside the recording
+
+_recording = threading.Lock()  # PyTorch's allocator takes one recording at a time
+
+
+class CudaRecorder:
+    """Recordings on one device. They share one pool of memory, so they run one at a time: within ``turn``."""
+
+    device_type = "cuda"
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.last: torch.cuda.Stream | None = None  # the stream of the turn before
+        self._start_afresh()
+
+    def _start_afresh(self) -> None:
+        self.stream = torch.cuda.Stream(self.device)  # one for all: memory in a pool is reused within a stream
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    def busy() -> bool:
+        """Whether the caller records what it calls himself."""
+        return torch.cuda.is_current_stream_capturing()
+
+    @contextlib.contextmanager
+    def turn(self, tensors: list[torch.Tensor]) -> Iterator[None]:
+        """On the caller's current stream, after all that was done in the turn before, on whichever stream that was.
+
+        ``tensors``, which were allocated on another stream maybe, are kept from being reused before this one is done with them.
+        """
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            if self.last is not None and self.last != stream:
+                stream.wait_stream(self.last)
+                for tensor in tensors:
+                    tensor.record_stream(stream)
+            self.last = stream
+            yield
+
+    def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """(what replays ``function``, its result, to be found in the same place after every replay); within ``turn``.
+
+        Raises what ``function`` raises while it is recorded, ``RuntimeError`` where it waits for the device; the device and its
+        allocator are then as they were before.
+        """
+        outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        self.stream.wait_stream(outside)
+        try:
+            with _recording:
+                with torch.cuda.stream(self.stream):
+                    for _ in range(WARM_UP):
+                        function()
+                # Other threads may go on allocating and launching meanwhile: only this one's mistakes count.
+                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                    result = function()
+        except BaseException:
+            torch.cuda.set_stream(outside)  # PyTorch's own context leaves its stream current where the end of the capture fails
+            self._give_up(graph)
+            raise
+        outside.wait_stream(self.stream)
+        return graph.replay, result
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        """A capture that fails at its end goes on taking memory from its pool, and refers to its graph while it does."""
+        with contextlib.suppress(RuntimeError):  # it had not begun, or has ended
+            torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
+            torch._C._cuda_releasePool(self.device.index, self.pool)
+        torch.cuda.synchronize(self.device)
+        del graph
+        self._start_afresh()
+
+
+RECORDERS: dict[str, Any] = {CudaRecorder.device_type: CudaRecorder}

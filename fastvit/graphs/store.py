@@ -1,0 +1,234 @@
+"""What a graphed module carries: its recordings by signature, and what becomes of a call.
+
+A signature that is new runs as ever, looked on at, until two runs of it have read the same tensors: the first may make what later
+ones keep. The next call of it is recorded, and those after it are replayed. With all places taken, another one is recorded once
+one of them has not been replayed for long: where more signatures come in turn than there are places, recording each anew would
+cost more than it saves.
+"""
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inspection import Inspection
+from .recorder import RECORDERS
+from .recording import Recording, Shared
+from .signature import Unknown, mapped, read, settings
+from .watch import Watch
+
+MAX_RECORDINGS = 16  # a module
+PATIENCE = 1000  # calls without a replay after which a recording makes room for another signature's
+MAX_LOOKS = 5  # a signature
+MAX_SIGNATURES = 512  # a module, unrecorded ones too
+REPLAYED = "its last call was replayed"
+
+_thread = threading.local()
+
+
+def inside() -> bool:
+    """Whether a recording, or a run that is looked on at, is under way in this thread: modules within it are part of that."""
+    return getattr(_thread, "inside", False)
+
+
+@dataclass
+class _Entry:
+    """One signature. ``looks``: how many of its runs were looked on at, ``reads``: the storages that the last of them read;
+    ``settled``: it may be recorded; ``refused``: why it is not; ``used``: the number of the call that replayed it last."""
+
+    looks: int = 0
+    reads: frozenset[int] = frozenset()
+    settled: bool = False
+    refused: str | None = None
+    recording: Recording | None = None
+    used: int = 0
+
+
+class Graphs:
+    """What a graphed module carries. ``outcome``: of its last call, as a sentence; empty before the first. ``read``: what the
+    recorded calls read beside their inputs, by storage: kept from being freed, and its address from being given to others."""
+
+    def __init__(self, shared: Shared):
+        self.shared = shared
+        self.outcome = ""
+        self.watch: Watch | None = None
+        self.calls = 0
+        self.entries: dict[Hashable, _Entry] = {}  # those that came last, unless they were replayed, at the end
+        self.read: dict[int, Tensor] = {}
+
+    def __reduce__(self) -> tuple:
+        return (Graphs, (self.shared,))
+
+    @property
+    def recordings(self) -> list[_Entry]:
+        return [entry for entry in self.entries.values() if entry.recording is not None]
+
+    def forget(self) -> None:
+        """Gives up all recordings, and their memory."""
+        with self.shared.lock:
+            self.entries.clear()
+            self.read.clear()
+            self.watch = None
+
+    def call(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """``forward(module, *args, **kwargs)``, replayed where it was recorded."""
+        run, entry = functools.partial(forward, module), None
+        tensors: list[Tensor] = []
+        key, reason = _signature(module, args, kwargs, tensors)
+        if reason is None:
+            with self.shared.lock:
+                holds, output = self._at_once(key, module, tensors)
+                if holds:
+                    return output
+                reason = self._why_not(module, tensors)
+                if reason is None:
+                    entry = self._entry(key)
+                    reason = self._why_no_recording(entry, module, run, args, kwargs, tensors)
+                    if entry.recording is not None:
+                        entry.used, self.outcome = self.calls, REPLAYED
+                        return entry.recording.run(tensors)[1]
+        if entry is None or entry.settled or entry.refused is not None:
+            self.outcome = f"its last call ran without a graph: {reason}"
+            return run(*args, **kwargs)
+        inspection = Inspection(tensors[0].device, tensors)
+        with _alone(inspection.device.type), inspection:
+            output = run(*args, **kwargs)
+        with self.shared.lock:
+            self._take_in(entry, inspection, inspection.reason or _why_opaque(output, inspection))
+            self.outcome = f"its last call ran without a graph: {entry.refused or reason}"
+        return output
+
+    def _take_in(self, entry: _Entry, inspection: Inspection, reason: str | None) -> None:
+        """What a run that was looked on at tells of its signature; ``reason``: why it cannot be recorded, or None."""
+        reads = frozenset(inspection.read)
+        entry.settled = reason is None and entry.looks > 0 and reads == entry.reads
+        entry.looks, entry.reads = entry.looks + 1, reads
+        if reason is None and not entry.settled and entry.looks == MAX_LOOKS:
+            reason = "every call reads other tensors, which calls before it left behind"
+        entry.refused = reason
+        if reason is None:
+            self.read.update(inspection.read)
+
+    def _at_once(self, key: Hashable, module: nn.Module, tensors: list[Tensor]) -> tuple[bool, Any]:
+        """(whether the call was replayed, its output): what has not changed up to the last call has hardly changed since, so the
+        module is looked at while the device is at work."""
+        entry, watch = self.entries.get(key), self.watch
+        if entry is None or entry.recording is None or watch is None or self.outcome is not REPLAYED:
+            return False, None
+
+        def still_holds() -> bool:
+            return not watch.replaced(module) and self._why_not_now(watch, tensors) is None
+
+        holds, output = entry.recording.run(tensors, still_holds)
+        if holds:
+            self.calls += 1
+            entry.used = self.calls
+        return holds, output
+
+    def _why_not(self, module: nn.Module, tensors: list[Tensor]) -> str | None:
+        """Why this call cannot be replayed, the module being what it is now; recordings of what it was are forgotten."""
+        if self.watch is not None and self.watch.replaced(module):
+            self.forget()
+        if self.watch is None:
+            self.watch = Watch(module)
+        return self._why_not_now(self.watch, tensors)
+
+    def _why_not_now(self, watch: Watch, tensors: list[Tensor]) -> str | None:
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *watch.tensors)):
+            return "gradients are recorded: call it under torch.no_grad() or torch.inference_mode()"
+        return watch.why_not_now()
+
+    def _entry(self, key: Hashable) -> _Entry:
+        self.calls += 1
+        entry = self.entries.pop(key, None) or _Entry()
+        if len(self.entries) >= MAX_SIGNATURES:
+            del self.entries[next(key for key, entry in self.entries.items() if entry.recording is None)]
+        self.entries[key] = entry
+        return entry
+
+    def _why_no_recording(
+        self, entry: _Entry, module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> str | None:
+        """Why a signature has no recording, or None; one that comes again is given one."""
+        if entry.recording is not None or entry.refused is not None:
+            return entry.refused
+        if not entry.settled:
+            return "its signature is new, and recorded when it comes for the third time"
+        if len(self.recordings) >= MAX_RECORDINGS:
+            oldest = min(self.recordings, key=lambda entry: entry.used)
+            if self.calls - oldest.used < PATIENCE:
+                return f"{MAX_RECORDINGS} other signatures are recorded, and in use"
+            oldest.recording = None
+        recorder = self.shared.recorder(tensors[0].device)
+        try:
+            with _alone(recorder.device_type):
+                entry.recording = Recording(recorder, run, args, kwargs, tensors, self.read)
+        except Unknown as error:
+            entry.refused = f"one of its arguments or results {error}"
+        except Exception as error:
+            first_line = str(error).strip().partition("\n")[0]
+            entry.refused = f"it could not be recorded ({type(error).__name__}: {first_line})"
+            warnings.warn(f"{type(module).__name__} runs without a CUDA graph: {entry.refused}", stacklevel=2)
+        return entry.refused
+
+
+@contextmanager
+def _alone(device_type: str) -> Iterator[None]:
+    """Modules inside are not recorded by themselves, and no cast of a weight is taken from, or left in, autocast's cache, which
+    lives no longer than the caller's autocast."""
+    cast = torch.is_autocast_enabled(device_type)
+    uncached: AbstractContextManager = nullcontext()
+    if cast:
+        uncached = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
+    _thread.inside = True
+    try:
+        with uncached:
+            yield
+    finally:
+        _thread.inside = False
+
+
+_modes_and_the_like = (
+    torch._C._len_torch_dispatch_stack,
+    torch._C._are_functorch_transforms_active,
+    lambda: torch._C._get_tracing_state() is not None,
+)
+
+
+def _signature(module: nn.Module, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Hashable, str | None]:
+    """(the signature of a call, why it has none), the tensors among its arguments being appended to ``tensors``."""
+    if any(stands() for stands in _modes_and_the_like) or torch._C._len_torch_function_stack():
+        return None, "a mode, a transform or a trace stands around the call"
+    if module.training:
+        return None, "it is in training mode: call model.eval()"
+    if "_is_replica" in module.__dict__:
+        return None, "it is a replica that DataParallel makes anew for every call"
+    key: list[Any] = []
+    try:
+        read(args, key, tensors)
+        read(kwargs, key, tensors)
+    except Unknown as error:
+        return None, f"an argument {error}"
+    devices = {tensor.device for tensor in tensors}
+    kinds = {device.type for device in devices}
+    if len(devices) != 1 or not kinds <= RECORDERS.keys():
+        found = " and ".join(sorted(map(str, devices))) or "none"
+        return None, f"CUDA graphs need a CUDA device, one for all tensors among the arguments; theirs is {found}"
+    kind = kinds.pop()
+    if RECORDERS[kind].busy():
+        return None, "the caller is recording a graph"
+    return (settings(kind), *key), None
+
+
+def _why_opaque(output: Any, inspection: Inspection) -> str | None:
+    try:
+        mapped(output, inspection.result)
+    except Unknown as error:
+        return f"its result {error}"
+    return None
