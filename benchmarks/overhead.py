@@ -10,10 +10,14 @@ leaves out: the driver's own launch (some 2 µs each), and the difference betwee
 PyTorch's own operators compute on those small tensors (float16, oneDNN off) where a GPU build would launch a kernel of
 its own, so the time of an original block stands for its launches, not for its kernels.
 
+A model of twelve blocks is timed whole as well, also under ``accelerate(cuda_graphs=True)`` with a stand-in for the graph whose
+replay does nothing: what a replayed call costs beside the graph's own launch.
+
 Everything compared takes turns within one process, and the first calls, which compile, are not counted.
 """
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import json
@@ -119,8 +123,10 @@ def operators() -> dict[str, Callable[[], object]]:
 
     x, branch = fresh(1, 4, 32), fresh(1, 4, 32)
     weight, bias, scale = fresh(32), fresh(32), fresh(32)
+    wanted = fresh(1, 4, 32).requires_grad_()
     w1, b1, w2 = fresh(128, 32), fresh(128), fresh(32, 128)
     q, k, v = fresh(1, 4, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    wanted_q = q.clone().requires_grad_()
     image, pad, hidden = fresh(1, 2, 2, 96), fresh(96), fresh(1, 4, 128)
     tables = dict(rel_pos_h=fresh(3, 16), rel_pos_w=fresh(3, 16))
     cos, sin, mask = torch.randn(4, 16), torch.randn(4, 16), torch.ones(1, 1, 4, 4, dtype=torch.bool)
@@ -135,25 +141,32 @@ def operators() -> dict[str, Callable[[], object]]:
         "glu": lambda: F.glu(*hidden.chunk(2, dim=-1)),
         "qk_norm_rope": lambda: F.qk_norm_rope(q, k, cos, sin),
         "rotary_attention": lambda: F.rotary_attention(q, k, v, cos, sin),
+        "layer_norm, training": lambda: F.layer_norm(wanted, weight, bias),
+        "add_layer_norm, training": lambda: F.add_layer_norm(wanted, branch, weight, bias, layer_scale=scale),
+        "linear + gelu, training": lambda: F.linear(wanted, w1, b1, activation="gelu"),
+        "mlp, training": lambda: F.mlp(wanted, w1, b1, w2, bias),
+        "attention, training": lambda: F.attention(wanted_q, k, v),
     }
+
+
+def _vit(**sizes: int):
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    return VisionTransformer(img_size=8, patch_size=4, embed_dim=32, num_heads=2, **sizes).half().eval()
 
 
 def blocks() -> dict[str, Callable[[], object]]:
     """A timm ViT block: as it was, and accelerated on either backend, each in inference and forward in training."""
     import torch
-    from timm.models.vision_transformer import VisionTransformer
 
     import fastvit
-
-    def model():
-        torch.manual_seed(0)
-        made = VisionTransformer(img_size=8, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=0)
-        return made.half().eval()
 
     calls: dict[str, Callable[[], object]] = {}
     x = torch.randn(1, 4, 32, dtype=torch.float16)
     for name, backend in (("original", None), ("torch", "torch"), ("triton", "auto")):
-        made = model()
+        made = _vit(depth=2, num_classes=0)
         if backend is not None:
             fastvit.accelerate(made, backend=backend)
         inner = made.blocks
@@ -164,6 +177,46 @@ def blocks() -> dict[str, Callable[[], object]]:
 
         calls[f"block, {name}"] = infer
         calls[f"block, {name}, training"] = lambda inner=inner: inner(x)
+    return calls
+
+
+class StandIn:
+    """In the place of ``fastvit.graphs.recorder.CudaRecorder``: the result of a replay is that of the recording."""
+
+    def __init__(self, device: object):
+        self.running = contextlib.nullcontext()
+
+    @staticmethod
+    def busy() -> bool:
+        return False
+
+    def turn(self, tensors: object) -> contextlib.AbstractContextManager:
+        return self.running
+
+    def record(self, function: Callable[[], object]) -> tuple[Callable[[], None], object]:
+        return (lambda: None), function()
+
+
+def models() -> dict[str, Callable[[], object]]:
+    """A ViT of twelve blocks, images to classes, in inference."""
+    import torch
+
+    import fastvit
+    from fastvit.graphs.recorder import RECORDERS
+
+    RECORDERS["cpu"] = StandIn
+    calls: dict[str, Callable[[], object]] = {}
+    image = torch.randn(1, 3, 8, 8, dtype=torch.float16)
+    for name, options in (("original", None), ("triton", {}), ("triton, graphed", {"cuda_graphs": True})):
+        made = _vit(depth=12, num_classes=4)
+        if options is not None:
+            fastvit.accelerate(made, **options)
+
+        def infer(made=made):
+            with torch.no_grad():
+                return made(image)
+
+        calls[f"model, {name}"] = infer
     return calls
 
 
@@ -202,9 +255,10 @@ def main() -> None:
         torch.set_num_threads(1)
         torch.backends.mkldnn.enabled = False
         with use_backend("auto"):
-            calls, per_call = {**operators(), **blocks()}, {}
+            calls, per_call = {**operators(), **blocks(), **models()}, {}
             for name, call in calls.items():
-                call()
+                for _ in range(4):
+                    call()
                 before = launches()
                 call()
                 per_call[name] = launches() - before

@@ -22,7 +22,6 @@ from . import backend as _backend
 from . import graphs
 from .integrations import dispatched, multihead, probe, quantized, swap
 from .integrations.parts import AnyLayout, find_layout
-from .nn import EncoderBlock
 from .ops.quantized import FORMATS
 from .ops.quantized import why_not as why_not_in_8_bits
 from .quantization import Accuracy
@@ -372,8 +371,12 @@ def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
 
 def _graph(model: nn.Module, plan: _Plan) -> dict[str, str]:
     """Graphs the model and what is around its fused blocks; returns module name → why it is not graphed."""
-    fused = [name for name, module in model.named_modules() if isinstance(module, EncoderBlock)]
-    return graphs.attach(model, [*plan.layouts, *fused], _why_not_swap)
+    return graphs.attach(model, [*plan.layouts, *(name for name, m in model.named_modules() if _is_own_block(m))], _why_not_swap)
+
+
+def _is_own_block(module: nn.Module) -> bool:
+    """Whether a module is a block of fastvit's own models, which are fused as they are."""
+    return type(module).__module__.startswith("fastvit.") and type(module).__name__ in ("EncoderBlock", "TwoWayBlock")
 
 
 def _release(model: nn.Module) -> None:

@@ -51,7 +51,6 @@ def tensors(values):
 
 
 class TapeRecorder:
-    device_type = "cpu"
     fails: Exception | None = None
 
     def __init__(self, device):
@@ -532,6 +531,25 @@ def test_what_is_called_by_itself_has_graphs_of_its_own(tapes):
     graphs = fastvit.report(outer).graphs
     assert "it writes over a tensor" in graphs[""]
     assert graphs["1"] == "1 recorded; its last call was replayed"
+
+
+def test_the_parts_of_sam_that_a_predictor_calls_are_recorded(tapes):
+    from tests.small_sam import face, own_sam, small_sam
+
+    sam = own_sam(small_sam()).eval()
+    predictor = fastvit.SamPredictor(sam)
+
+    def masks():
+        predictor.set_image(face())
+        return predictor.predict([[40, 40]], [1])[2]
+
+    expected = masks()
+    graphed(sam)
+    for _ in range(4):
+        actual = masks()
+    assert abs(actual - expected).max() <= 1e-4 * abs(expected).max()
+    graphs = fastvit.report(sam).graphs
+    assert graphs["image_encoder"] == graphs["mask_decoder"] == "1 recorded; its last call was replayed"
 
 
 # --- the model stays what it was ------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ _recording = threading.Lock()  # PyTorch's allocator takes one recording at a ti
 class CudaRecorder:
     """Recordings on one device. They share one pool of memory, so they run one at a time: within ``turn``."""
 
-    device_type = "cuda"
-
     def __init__(self, device: torch.device):
         self.device = device
         self.last: torch.cuda.Stream | None = None  # the stream of the turn before
@@ -79,4 +77,4 @@ class CudaRecorder:
         self._start_afresh()
 
 
-RECORDERS: dict[str, Any] = {CudaRecorder.device_type: CudaRecorder}
+RECORDERS: dict[str, Any] = {"cuda": CudaRecorder}  # by device type

@@ -167,7 +167,7 @@ class Graphs:
             oldest.recording = None
         recorder = self.shared.recorder(tensors[0].device)
         try:
-            with _alone(recorder.device_type):
+            with _alone(tensors[0].device.type):
                 entry.recording = Recording(recorder, run, args, kwargs, tensors, self.read)
         except Unknown as error:
             entry.refused = f"one of its arguments or results {error}"
