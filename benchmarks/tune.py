@@ -16,196 +16,151 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from fastvit.kernels import _tuning
-from fastvit.kernels._launch import Launch, record
 
 import fastvit
 
-from . import accuracy, candidates, cases, launch_tables, measure, operators, peers, results, workers
+from . import candidates, cases, launch_tables, results, tuning_cases, workers
+from .tuning_bench import DIRECTIONS, NOT_INSPECTED, Bench, Broken, Subject, asked, decisions, inspect, served, ways
 from .tuning_log import Log
 
-BUDGET_S = 0.1  # of timing a candidate
 COMPILE_S = 120.0  # a candidate's kernels take a few seconds; one that takes longer than this is stuck
-DIRECTIONS = ("forward", "backward")
-
-
-class Broken(Exception):
-    """The device is unusable for this process; where a candidate did that, its reason is in the log."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One case in one direction."""
-
-    case: Any
-    direction: str
-    dtype: str = "bf16"
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.op} {self.case.name} {self.direction}"
+FIRST = ("ViT-B/16 224", "ViT-L/16 224", "ViT-H/14 224", "SAM-B", "SAM-L", "SAM-H")
+CEILINGS = (790.0, 4300.0)  # TFLOP/s and GB/s, to tell which case takes longer
+TWIN = "launches the same as"
+ROUNDS = (1, 24, None)  # candidates of a place: what is committed everywhere, then what lies near, then the rest
 
 
 def subjects(pattern: str = "*") -> list[Subject]:
-    """The cases whose names match, best first: forward before backward, ViT and SAM before the rest."""
-    found = [Subject(case, direction) for part in cases.ALL.values() for case in part for direction in DIRECTIONS]
+    """The cases whose names match, those that matter most first: forward before backward, the models that most is asked of
+    before other ViTs and SAMs before the rest, and among equals what takes longest."""
+    every = [*(case for part in cases.ALL.values() for case in part), *tuning_cases.CASES]
+    found = [Subject(case, direction) for case in every for direction in getattr(case, "directions", DIRECTIONS)]
     matching = [subject for subject in found if fnmatch.fnmatch(subject.case.name, pattern)]
-    return sorted(matching, key=lambda s: (s.direction != "forward", not s.case.name.startswith(("ViT", "SAM-"))))
 
+    def rank(subject: Subject) -> tuple:
+        name = subject.case.name
+        tier = 0 if name.startswith(FIRST) else 1 if name.startswith(("ViT", "SAM-")) else 2
+        return subject.direction != "forward", tier, -cases.floor_ms(subject.case, subject.direction, 2, *CEILINGS)
 
-@dataclass
-class Bench:
-    """A subject's inputs on the device; its exact result once ``prepare`` was called."""
-
-    subject: Subject
-    device: str
-    exact: list[torch.Tensor] | None = None
-    standard: list[accuracy.Error] | None = None
-
-    def __post_init__(self) -> None:
-        case, direction = self.subject.case, self.subject.direction
-        torch.manual_seed(0)
-        self.dtype = cases.DTYPES[self.subject.dtype]
-        element = torch.empty(0, dtype=self.dtype).element_size()
-        cache = torch.cuda.get_device_properties(0).L2_cache_size if self.device == "cuda" else 0
-        count = cases.sets_beyond_cache(case, element, cache)
-        self.sets = [case.inputs(self.dtype, self.device, direction != "forward") for _ in range(count)]
-        self.ours, self.reference, self.competing = peers.contestants(case)
-        with torch.no_grad(), fastvit.use_backend("triton"):
-            self.upstream = tuple(torch.randn_like(out) for out in operators.outputs(self.ours(**self.sets[0])))
-
-    def prepare(self) -> None:
-        """What a candidate is held to: the float64 result, and eager's errors where eager serves. Raises ``Broken``."""
-        if self.exact is not None:
-            return
-        doubles = tuple(tensor.double() for tensor in self.upstream)
-        exact = operators.evaluate(self.reference, operators.double(self.sets[0]), doubles, self.subject.direction)
-        self.exact = [t.cpu() for t in exact]
-        try:
-            self.standard = accuracy.errors(self._result_of(self.competing["eager"].build()), self.exact)
-        except Exception as error:  # without eager, the dtype sets how much may be erred
-            if results.is_sticky(results.describe(error)):
-                raise Broken(f"eager PyTorch, {self.subject.name}: {results.describe(error)}") from error
-
-    def _result_of(self, function: Callable) -> list[torch.Tensor]:
-        return [t.cpu() for t in operators.evaluate(function, self.sets[0], self.upstream, self.subject.direction)]
-
-    def run(self) -> list[torch.Tensor]:
-        with fastvit.use_backend("triton"):
-            return self._result_of(self.ours)
-
-    def asked(self) -> list[tuple[str, dict[str, int]]]:
-        """The operators of this direction and the shape numbers that their configs go by."""
-        with _tuning.asked() as forward, fastvit.use_backend("triton"):
-            operators.evaluate(self.ours, self.sets[0], self.upstream, "forward")
-        if self.subject.direction == "forward":
-            return forward
-        with _tuning.asked() as both:
-            self.run()
-        return [entry for entry in both if entry not in forward]
-
-    def check(self) -> None:
-        self.prepare()
-        accuracy.check("the candidate", self.run(), self.exact or [], self.dtype, self.standard)
-
-    def time(self) -> measure.Timing:
-        with fastvit.use_backend("triton"):
-            timed = operators.calls(self.ours, self.sets, self.upstream, self.subject.direction)
-            return measure.measure(timed, BUDGET_S, graphs=self.subject.direction == "forward")
-
-
-def launches(subject: Subject, op: str, config: dict[str, int], target: str, device: str) -> list[Launch]:
-    """What the candidate would launch for the operator; nothing runs."""
-    dtype = cases.DTYPES[subject.dtype]
-    inputs = subject.case.inputs(dtype, device, subject.direction != "forward")
-    ours, _, _ = peers.contestants(subject.case)
-    with _tuning.override(op, config), record(target) as made, fastvit.use_backend("triton"):
-        out = operators.outputs(ours(**inputs))
-        if subject.direction == "backward":
-            torch.autograd.grad(out, [t for t in inputs.values() if t.requires_grad], [torch.zeros_like(o) for o in out])
-    return [launch for launch in made if launch.op == op]
-
-
-def inspect(subject: Subject, op: str, config: dict[str, int], target: str, limit: int) -> dict[str, Any]:
-    """{"reason": why it is not worth running or None, "registers", "stack", "shared"} of the compiled candidate."""
-    from .static import compilation, inspection
-
-    found: dict[str, Any] = {"reason": None, "registers": 0, "stack": 0, "shared": 0}
-    try:
-        for launch in launches(subject, op, config, target, "cuda"):
-            job = compilation.Job(launch, *compilation.specialize(launch, target), asked_by=[subject.name])
-            report = compilation.compile_job(job, target)
-            for name in ("registers", "stack", "shared"):
-                found[name] = max(found[name], getattr(report, name))
-            wrong = inspection.problems(report, limit, [])
-            if wrong and found["reason"] is None:
-                found["reason"] = wrong[0].removeprefix(report.name).strip()
-    except Exception as error:  # a config that a launcher cannot use is a result too
-        return found | {"reason": results.describe(error)}
-    return found
+    return sorted(matching, key=rank)
 
 
 Inspect = Callable[[Subject, str, list[dict[str, int]], float], Iterator[dict[str, Any] | None]]
 
 
-def run(
-    chosen: list[Subject],
-    target: str,
-    log: Log,
-    say: Callable[[str], None],
-    inspect_all: Inspect,
-    op: str = "*",
-    minutes: float = 8.0,
-    device: str = "cuda",
-    make_bench: Callable[[Subject, str], Any] = Bench,
-    clock: Callable[[], float] = time.monotonic,
-) -> bool:
-    """Measures what the log does not hold, until ``minutes`` are over; whether everything has been measured.
+def names() -> list[str]:
+    """What ``--op`` may name: the operators of the tables, and "dispatch" of those that have more than one way."""
+    launched = sorted({op for target in (*_tuning.targets(), "default") for op in _tuning.committed(target)["ops"]})
+    return [*launched, *(f"dispatch {op}" for op, found in _tuning.WAYS.items() if len(found) > 1)]
 
-    ``inspect_all`` gives ``inspect``'s answer for each of the configs, or None after the seconds that it is given. Raises
-    ``Broken`` after a candidate that broke the device.
+
+@dataclass
+class Run:
+    """Measures what the log does not hold, best first, until ``minutes`` are over.
+
+    Round by round: what is committed and the vendor's ways for every subject, then near candidates, then the rest.
+    ``inspect_all`` gives ``inspect``'s answer for each of the configs, or None after the seconds that it is given.
     """
-    end = clock() + 60 * minutes
-    begun: set[str] = set()
-    for subject in chosen:
-        if clock() > end:
-            return False
-        bench = make_bench(subject, device)
-        for name, shape in bench.asked():
+
+    chosen: list[Subject]
+    target: str
+    log: Log
+    say: Callable[[str], None]
+    inspect_all: Inspect
+    op: str = "*"
+    minutes: float = 8.0
+    device: str = "cuda"
+    make_bench: Callable[[Subject, str], Any] = Bench
+    clock: Callable[[], float] = time.monotonic
+
+    def __call__(self) -> bool:
+        """Whether everything has been measured. Raises ``Broken`` after a candidate that broke the device, ``ValueError`` where
+        no chosen case has anything to do with the operators."""
+        self.end = self.clock() + 60 * self.minutes
+        self.known: dict[Subject, tuple[list, list]] = {}
+        for limit in ROUNDS:
+            begun: set[str] = set()
+            for subject in self.chosen:
+                if self.clock() > self.end or not self._subject(subject, limit, begun):
+                    return False
+            if not begun:
+                raise ValueError(f"no chosen case asks for an operator {self.op}; give another --case or --op")
+        return True
+
+    def _subject(self, subject: Subject, limit: int | None, begun: set[str]) -> bool:
+        """One round of the subject; False when the time was over before its end."""
+        if subject not in self.known:
+            made = asked(subject, self.target, self.device), decisions(subject, self.target, self.device)
+            self.known[subject] = made
+        places, choices = self.known[subject]
+        bench: Any = None
+        for name, shape in places:
             place = f"{name} {shape}"
-            if not fnmatch.fnmatch(name, op) or place in begun:
+            if not fnmatch.fnmatch(name, self.op) or place in begun:
                 continue
             begun.add(place)
-            committed = _tuning.config(name, target, **shape)
-            done = [entry["config"] for entry in log.of(name, shape)]
-            todo = [config for config in candidates.grid(committed) if config not in done]
-            for config, found in zip(todo, inspect_all(subject, name, todo, end - clock()), strict=True):
-                if found is None or clock() > end:
+            committed = _tuning.config(name, self.target, **shape)
+            done = [entry["config"] for entry in self.log.of(name, shape)]
+            todo = [config for config in candidates.grid(committed, name)[:limit] if config not in done]
+            for config, found in zip(todo, self.inspect_all(subject, name, todo, self.end - self.clock()), strict=True):
+                if found is None or self.clock() > self.end:
                     return False
-                if found["reason"] is None:
-                    bench.prepare()
-                entry = _measure(bench, name, config, found)
-                log.add({"op": name, "shape": shape, "config": config, "case": subject.name, "committed": committed} | entry)
-                if entry["reason"] and results.is_sticky(entry["reason"]):
-                    raise Broken(f"{name} {config}: {entry['reason']}")
-            best = candidates.winner(log.of(name, shape), committed)
-            fate = "no candidate passes" if best is None else f"{best['ms']:.4f} ms with {best['config']}"
-            say(f"{subject.name}: {place}: {fate}, committed {committed}")
-    return True
+                twin = next((e for e in self.log.of(name, shape) if found.get("launches") and _same(e, found)), None)
+                if twin is not None and found["reason"] is None:
+                    found = found | {"reason": f"{TWIN} {twin['config']}"}
+                bench = bench or self.make_bench(subject, self.device)
+                with _tuning.override(name, config), fastvit.use_backend("triton"):
+                    self._add(bench, name, shape, config, committed, found)
+            if todo:
+                best = candidates.winner(self.log.of(name, shape), committed)
+                fate = "no candidate passes" if best is None else f"{best['ms']:.4f} ms with {best['config']}"
+                self.say(f"{subject.name}: {place}: {fate}, committed {committed}")
+        for name, call, way in choices:
+            place = f"dispatch {name}"
+            if not fnmatch.fnmatch(place, self.op) or f"{place} {call}" in begun:
+                continue
+            begun.add(f"{place} {call}")
+            for config in self._ways(name, call, places):
+                if self.clock() > self.end:
+                    return False
+                bench = bench or self.make_bench(subject, self.device)
+                with served(name, config):
+                    self._add(bench, place, call, config, {"serve": way}, dict(NOT_INSPECTED), "pass" in call)
+            for rule in candidates.rules([entry for entry in self.log.of(place, call)]):
+                self.say(f"{subject.name}: {place}: {rule['serve']} ({rule['why']})")
+        return True
 
+    def _ways(self, op: str, call: dict[str, Any], places: list) -> list[dict[str, Any]]:
+        """The ways that are not in the log: the kernel's with the best configs so far."""
+        best = {name: self._best(name, shape) for name, shape in places}
+        found = [{"serve": way} if way != "kernel" else {"serve": way, "with": best} for way in ways(op, call)]
+        done = [entry["config"] for entry in self.log.of(f"dispatch {op}", call)]
+        return [config for config in found if config not in done]
 
-def _measure(bench: Any, op: str, config: dict[str, int], found: dict[str, Any]) -> dict[str, Any]:
-    """What inspection found, and the time or the reason that there is none."""
-    timing = None
-    if found["reason"] is None:
-        try:
-            with _tuning.override(op, config):
+    def _best(self, name: str, shape: dict[str, int]) -> dict[str, int]:
+        committed = _tuning.config(name, self.target, **shape)
+        found = candidates.winner(self.log.of(name, shape), committed)
+        return committed if found is None else found["config"]
+
+    def _add(self, bench: Any, op: str, shape: dict, config: dict, committed: dict, found: dict, choice: bool = False) -> None:
+        """Logs what was found out, and the time or the reason that there is none."""
+        timing = None
+        if found["reason"] is None:
+            bench.prepare()
+            try:
                 bench.check()
-                timing = bench.time()
-        except Exception as error:  # a candidate that fails is a result too
-            found = found | {"reason": results.describe(error)}
-    return found | {"ms": timing and timing.ms, "spread": timing and timing.spread}
+                timing = bench.time(step=choice and bench.subject.direction == "backward")
+            except Exception as error:  # a candidate that fails is a result too
+                found = found | {"reason": results.describe(error)}
+        entry = {"op": op, "shape": shape, "config": config, "case": bench.subject.name, "committed": committed} | found
+        self.log.add(entry | {"ms": timing and timing.ms, "spread": timing and timing.spread})
+        if found["reason"] and results.is_sticky(found["reason"]):
+            raise Broken(f"{op} {config}: {found['reason']}")
+
+
+def _same(entry: dict[str, Any], found: dict[str, Any]) -> bool:
+    return entry["ms"] is not None and entry.get("launches") == found["launches"]
 
 
 def inspecting(
@@ -225,7 +180,7 @@ def inspecting(
                 try:
                     yield future.result(max(0.0, end - time.monotonic()))
                 except workers.Lost as lost:
-                    yield {"reason": f"its compilation {lost}", "registers": 0, "stack": 0, "shared": 0}
+                    yield NOT_INSPECTED | {"reason": f"its compilation {lost}"}
                 except NotYet:
                     yield None
         finally:
@@ -239,20 +194,26 @@ def table_of(log: Log, shared_memory: int) -> dict[str, Any]:
     """The table that the log amounts to."""
     about = log.about
     ops: dict[str, list] = {}
+    dispatched: dict[str, list] = {}
     places = {(entry["op"], json.dumps(entry["shape"])): entry for entry in log.entries}
     for op in dict.fromkeys(name for name, _ in places):
         here = [entry for (name, _), entry in places.items() if name == op]
+        if op.startswith("dispatch "):
+            dispatched[op.removeprefix("dispatch ")] = candidates.rules([entry for entry in log.entries if entry["op"] == op])
+            continue
         best = [candidates.winner(log.of(op, entry["shape"]), entry["committed"]) for entry in here]
         if rows := candidates.rows([entry for entry in best if entry is not None]):
             ops[op] = rows
     provenance = f"measured on {about['gpu']}, driver {about['driver']}, torch {about['torch']}, triton {about['triton']}"
     provenance += f", {about['date']}, commit {about['commit']}"
-    return {"target": about["target"], "provenance": provenance, "shared_memory": shared_memory, "ops": ops}
+    head = {"target": about["target"], "provenance": provenance, "shared_memory": shared_memory}
+    return head | {"ops": ops, "dispatch": dispatched}
 
 
 def rejected(log: Log) -> list[str]:
-    """A line for each candidate without a time."""
-    return [f"{e['op']} {e['shape']} {e['config']}: {e['reason']}" for e in log.entries if e["ms"] is None]
+    """A line for each candidate without a time, those left out that make no difference at their shape."""
+    failed = [entry for entry in log.entries if entry["ms"] is None and not entry["reason"].startswith(TWIN)]
+    return [f"{e['op']} {e['shape']} {e['config']}: {e['reason']}" for e in failed]
 
 
 def write(log: Log, path: Path, shared_memory: int) -> None:

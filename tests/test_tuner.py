@@ -9,12 +9,15 @@ import pytest
 import torch
 from fastvit.kernels import _tuning
 
-from benchmarks import accuracy, candidates, cases, measure, operators, tune
+import fastvit
+from benchmarks import accuracy, candidates, cases, measure, operators, tune, tuning_bench, tuning_cases
+from fastvit import functional
+from fastvit.ops import dispatch
 
 ABOUT = {
     "target": "interpreter", "gpu": "none", "driver": "none", "commit": "abc", "date": "today", "torch": "2", "triton": "3",
 }  # fmt: skip
-COMMITTED = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 4, "num_warps": 4, "MAX_TOKENS": 64}
+COMMITTED = {"BLOCK_M": 64, "BLOCK_N": 64, "GROUP": 4, "num_warps": 4, "TABLE": 32, "FLAG": 1}
 
 
 def test_the_grid_begins_with_what_is_committed_and_goes_outwards():
@@ -28,11 +31,22 @@ def test_the_grid_begins_with_what_is_committed_and_goes_outwards():
 
 def test_the_grid_stays_on_the_ladders():
     for config in candidates.grid(COMMITTED):
-        assert config["MAX_TOKENS"] == 64
-        assert config["GROUP"] == 4
+        assert config["TABLE"] == 32
+        assert config["FLAG"] == 1
         for name in ("BLOCK_M", "BLOCK_N", "num_warps"):
             assert config[name] in candidates.LADDERS[name]
-    assert candidates.grid({"MAX_TOKENS": 64}) == [{"MAX_TOKENS": 64}]
+
+
+def test_integers_without_a_ladder_are_halved_and_doubled():
+    assert candidates.grid({"SPLITS": 8}) == [{"SPLITS": value} for value in (8, 4, 16, 2, 32)]
+    assert candidates.grid({"SHORT_KEYS": 224}) == [{"SHORT_KEYS": value} for value in (224, 208, 272, 0)]
+
+
+@pytest.mark.parametrize("target", [*_tuning.targets(), "default"])
+def test_the_largest_attention_tile_is_a_candidate_everywhere(target):
+    for row in _tuning.committed(target)["ops"]["attention_forward"]:
+        wanted = row["config"] | {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
+        assert wanted in candidates.grid(row["config"], "attention_forward")[: tune.ROUNDS[1]]
 
 
 def _entry(ms, **config):
@@ -80,7 +94,7 @@ class FakeBench(tune.Bench):
     def run(self):
         return [t * 1.1 if self._config() == FakeBench.wrong else t for t in super().run()]
 
-    def time(self):
+    def time(self, step=False):
         config = self._config()
         return measure.Timing(ms=config["BLOCK_M"] / 100 + config["BLOCK_N"] / 1000, spread=0.01)
 
@@ -90,7 +104,7 @@ def grid(monkeypatch):
     """Five candidates: the committed config, one that is wrong, one that spills, one that breaks, one that is faster."""
     committed = _tuning.config("linear", "interpreter", element_size=2, rows=LINEAR.shape[0])
     found = [committed, *(committed | {"BLOCK_M": 16, "GROUP_M": group} for group in (1, 2, 3)), committed | {"BLOCK_N": 16}]
-    monkeypatch.setattr(candidates, "grid", lambda config: found)
+    monkeypatch.setattr(candidates, "grid", lambda config, op: found)
     monkeypatch.setattr(FakeBench, "wrong", found[1])
     return found
 
@@ -109,7 +123,7 @@ def _run(log, grid, seen, **options):
     said = []
     inspect_all = _inspect_all(grid, seen)
     options = {"op": "linear", "device": "cpu", "make_bench": FakeBench} | options
-    return tune.run([SUBJECT], "interpreter", log, said.append, inspect_all, **options), said
+    return tune.Run([SUBJECT], "interpreter", log, said.append, inspect_all, **options)(), said
 
 
 def test_only_right_candidates_that_fit_are_timed(grid, tmp_path):
@@ -129,7 +143,7 @@ def test_only_right_candidates_that_fit_are_timed(grid, tmp_path):
 
 def test_what_was_measured_is_not_measured_again(grid, tmp_path):
     log, seen = tune.Log(tmp_path / "log.jsonl", ABOUT), []
-    times = iter([0, 0, 0, 0, 0, 61])  # the deadline passes after two candidates
+    times = iter([0] * 7 + [61])  # the deadline passes after two candidates
     complete, _ = _run(log, grid, seen, minutes=1, clock=lambda: next(times))
     assert not complete
     assert len(log.entries) == 2
@@ -184,10 +198,12 @@ def test_a_header_that_was_half_written_is_written_again(tmp_path):
 
 
 def test_the_float64_result_is_built_for_what_is_measured_alone(grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "ROUNDS", (None,))
     built, double = [], operators.double
     monkeypatch.setattr(operators, "double", lambda inputs: built.append(1) or double(inputs))
     log = tune.Log(tmp_path / "log.jsonl", ABOUT)
-    assert _run(log, grid, [], op="nosuch")[0]
+    with pytest.raises(ValueError, match="no chosen case asks for an operator nosuch"):
+        _run(log, grid, [], op="nosuch")
     assert built == []
     assert _run(log, grid, [])[0]
     assert built == [1]
@@ -222,13 +238,13 @@ def test_a_compiler_that_aborts_or_hangs_is_a_result_and_the_next_is_compiled():
 def test_what_the_time_does_not_suffice_for_is_not_logged(grid, tmp_path):
     log = tune.Log(tmp_path / "log.jsonl", ABOUT)
     late = lambda subject, op, configs, seconds: iter([None] * len(configs))  # noqa: E731
-    assert not tune.run([SUBJECT], "interpreter", log, print, late, op="linear", device="cpu", make_bench=FakeBench)
+    assert not tune.Run([SUBJECT], "interpreter", log, print, late, op="linear", device="cpu", make_bench=FakeBench)()
     assert log.entries == []
 
 
 @pytest.mark.parametrize("kind", ["CUDA error:", "Triton Error [CUDA]:"])
 def test_a_candidate_that_breaks_the_device_ends_the_run_and_is_logged(grid, tmp_path, monkeypatch, kind):
-    def broken(self):
+    def broken(self, step=False):
         raise RuntimeError(f"{kind} an illegal memory access was encountered")
 
     monkeypatch.setattr(FakeBench, "time", broken)
@@ -261,13 +277,13 @@ def test_the_table_that_is_written_is_used(grid, tmp_path, monkeypatch):
 )
 def test_a_candidate_is_what_would_be_launched(direction, op, knob, value):
     subject = tune.Subject(LINEAR, direction)
-    asked = dict(tune.Bench(subject, "cpu").asked())
+    asked = dict(tune.asked(subject, "interpreter", "cpu"))
     assert op in asked
     assert direction == "backward" or "activation_backward" not in asked
     config = _tuning.config(op, "interpreter", **asked[op]) | {knob: value}
-    made = tune.launches(subject, op, config, "sm_90", "cpu")
+    made = [launch for launch in tuning_bench.launches(subject, op, config, "sm_90", "cpu") if launch.op == op]
     assert made
-    assert all(launch.op == op and launch.arguments[knob] == value for launch in made)
+    assert all(launch.arguments[knob] == value for launch in made)
 
 
 def test_the_best_cases_come_first():
@@ -278,6 +294,176 @@ def test_the_best_cases_come_first():
     assert directions == sorted(directions, reverse=True)
     assert {s.case.name for s in tune.subjects("SAM-B*")} >= {"SAM-B global", "SAM-B windows"}
     assert tune.subjects("no such case") == []
+    first = [s.name for s in tune.subjects()[:12]]
+    assert "linear ViT-H/14 224 fc1 forward" in first
+    assert "attention ViT-B/16 224 forward" in [s.name for s in tune.subjects()[:40]]
+    assert all(s.case.name.startswith(tune.FIRST) and s.direction == "forward" for s in tune.subjects()[:20])
+
+
+def test_every_operator_of_the_tables_has_a_case():
+    """Small cases under record: nothing is computed."""
+    found = set()
+    for subject in tune.subjects():
+        small = tune.Subject(subject.case.small(), subject.direction)
+        found |= {op for op, _ in tune.asked(small, "sm_90", "cpu")}
+    launched = {name for name in tune.names() if not name.startswith("dispatch ")}
+    # Asked for where the sizes call for them, which small cases do not have.
+    assert launched - found <= {"attention_short", "attention_split", "image_attention_positions", "linear_split"}
+
+
+@pytest.mark.parametrize("case", tuning_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
+def test_the_tuners_own_cases_are_right(case):
+    small = case.small()
+    for direction in getattr(case, "directions", tune.DIRECTIONS):
+        bench = tune.Bench(tune.Subject(small, direction), "cpu")
+        with fastvit.use_backend("triton"):
+            bench.check()
+
+
+class Choosing(tune.Bench):
+    """Takes a time that the way and the tile say; ``wrong`` computes wrongly."""
+
+    times: dict = {}  # noqa: RUF012
+    wrong = None
+
+    def _way(self):
+        held = _tuning.overridden("dispatch linear")
+        return "kernel" if held is None else held["serve"]
+
+    def run(self):
+        return [t * 1.1 if self._way() == self.wrong else t for t in super().run()]
+
+    def time(self, step=False):
+        tile = _tuning.config("linear", "interpreter", element_size=2, rows=LINEAR.shape[0])["BLOCK_N"]
+        ms = self.times[self._way()] - (0.05 if tile == 16 else 0)
+        return measure.Timing(ms=ms * (3 if step else 1), spread=0.01)
+
+
+@pytest.fixture
+def choosing(monkeypatch, tmp_path):
+    """``choosing(times, wrong, case)``: the log and rules of a run on the small linear, every candidate passing inspection."""
+    monkeypatch.setattr(functional, "resolve", lambda tensor: "triton")
+    monkeypatch.setattr(candidates, "grid", lambda config, op: [config, config | {"BLOCK_N": 16}])
+
+    def inspect_all(subject, op, configs, seconds):
+        return iter([tune.NOT_INSPECTED | {"launches": str(config)} for config in configs])
+
+    def choose(times, wrong=None, direction="forward", case=LINEAR):
+        monkeypatch.setattr(Choosing, "times", times)
+        monkeypatch.setattr(Choosing, "wrong", wrong)
+        log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+        subjects = [tune.Subject(case, direction)]
+        run = tune.Run(subjects, "interpreter", log, print, inspect_all, op="*linear", device="cpu", make_bench=Choosing)
+        assert run()
+        return log, tune.table_of(log, 5)["dispatch"].get("linear")
+
+    return choose
+
+
+def test_a_faster_vendor_gets_a_rule(choosing):
+    log, (rule,) = choosing({"kernel": 1.0, "vendor": 0.9})
+    assert rule["serve"] == "vendor"
+    assert rule["why"] == f"kernel 0.95 ms, vendor 0.9 ms: {SUBJECT.name}"
+    assert rule["basis"] == "measured"
+    rows, width, outputs = LINEAR.shape
+    assert rule["when"] == {
+        "activation": "gelu", "dtype": "half", "pass": "inference",
+        "rows": [rows // 4, None], "width": [width, width], "outputs": [outputs, outputs],
+    }  # fmt: skip
+    held = [entry["config"]["with"]["linear"]["BLOCK_N"] for entry in log.of("dispatch linear", log.entries[-1]["shape"])[::2]]
+    assert held == [held[0], 16], "the kernel is measured again with a better config"
+    assert log.entries[-1]["committed"] == {"serve": "kernel"}
+
+
+@pytest.mark.parametrize(("vendor", "serves"), [(0.94, "kernel"), (0.92, "vendor"), (1.5, "kernel")])
+def test_ties_stay_with_the_kernel(choosing, vendor, serves):
+    _, (rule,) = choosing({"kernel": 1.0, "vendor": vendor})
+    assert rule["serve"] == serves
+
+
+def test_a_wrong_vendor_gets_no_rule(choosing):
+    log, (rule,) = choosing({"kernel": 1.0, "vendor": 0.5}, wrong="vendor")
+    assert rule["serve"] == "kernel"
+    assert [entry["reason"].split(":")[0] for entry in log.entries if entry["ms"] is None] == ["WrongResult"]
+
+
+def test_training_is_decided_by_a_whole_step(choosing):
+    log, (rule,) = choosing({"kernel": 1.0, "vendor": 0.9}, direction="backward")
+    assert (rule["when"]["pass"], rule["serve"]) == ("training", "vendor")
+    assert [entry["ms"] for entry in log.entries if entry["config"] == {"serve": "vendor"}] == [pytest.approx(2.7)]
+
+
+def test_the_vendors_epilogue_is_a_candidate_where_it_is_exact():
+    inference = {"pass": "inference"}
+    assert tuning_bench.ways("linear", inference | {"activation": "relu"}) == ["kernel", "vendor", "vendor_fused"]
+    assert tuning_bench.ways("linear", inference | {"activation": "gelu"}) == ["kernel", "vendor"]
+    assert tuning_bench.ways("linear", {"pass": "training", "activation": "relu"}) == ["kernel", "vendor"]
+    assert tuning_bench.ways("attention", inference) == ["kernel", "sdpa"]
+
+
+def _timed(way, ms, **sizes):
+    shape = {"kind": "plain", "head_dim": 64} | sizes
+    return {"shape": shape, "config": {"serve": way}, "ms": ms, "case": "a case"}
+
+
+def test_rules_admit_what_was_measured_and_nothing_of_another_kind():
+    entries = []
+    for size, sdpa in ((197, 1.5), (1024, 1.0), (4096, 0.5)):
+        sizes = {"queries": size, "keys": size}
+        entries += [_timed("kernel", 1.0, **sizes), _timed("sdpa", sdpa, **sizes)]
+    few = {"queries": 7, "keys": 4096, "kind": "masked"}
+    entries += [_timed("kernel", 1.0, **few), _timed("sdpa", 0.5, **few)]
+    rules = candidates.rules(entries)
+
+    def served(**call):
+        call = {"kind": "plain", "head_dim": 64} | call
+        return next((rule["serve"] for rule in rules if _tuning.admits(rule["when"], call)), None)
+
+    assert [served(queries=n, keys=n) for n in (197, 577, 1024, 2000, 4096, 10**6)] == ["kernel"] * 3 + ["sdpa"] * 3
+    assert served(queries=16, keys=16) is None, "far below what was measured"
+    assert served(queries=197, keys=197, head_dim=80) is None
+    assert served(queries=7, keys=4096, kind="masked") == "sdpa"
+
+
+def test_the_rules_that_are_written_are_used(choosing, tmp_path, monkeypatch):
+    log, _ = choosing({"kernel": 1.0, "vendor": 0.9})
+    tune.write(log, tmp_path / "interpreter.json", 5)
+    monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
+    forget = (_tuning.table.cache_clear, _tuning.config.cache_clear, dispatch.forget)
+    try:
+        for clear in forget:
+            clear()
+        with fastvit.use_backend("auto"), dispatch.collect() as found:
+            functional.linear(**LINEAR.inputs(torch.bfloat16, "cpu", False), activation="gelu")
+        assert [way for way in found.values() if way.startswith("vendor: kernel 0.95 ms, vendor 0.9 ms")]
+    finally:
+        monkeypatch.undo()
+        for clear in forget:
+            clear()
+
+
+def test_candidates_that_launch_the_same_are_measured_once(tmp_path, monkeypatch):
+    def inspect_all(subject, op, configs, seconds):
+        return iter([tune.NOT_INSPECTED | {"launches": "the same"} for _ in configs])
+
+    log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+    monkeypatch.setattr(tune, "ROUNDS", (1, 4))
+    tune.Run([SUBJECT], "interpreter", log, print, inspect_all, op="linear", device="cpu", make_bench=FakeBench)()
+    assert [entry["ms"] is not None for entry in log.entries] == [True, False, False, False]
+    assert tune.rejected(log) == []
+
+
+def test_an_unknown_operator_is_one_error(monkeypatch, capsys):
+    from fastvit.cli import app
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["fastvit", "tune", "--op", "nosuch"])
+    with pytest.raises(SystemExit):
+        app.run()
+    error = capsys.readouterr().err
+    assert error.startswith("fastvit: --op nosuch: no operator has such a name; there are")
+    assert "attention_forward" in error
+    assert "dispatch attention" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -88,7 +88,7 @@ def _observed(key: tuple, function: Callable[..., Any], args: tuple, pointers: l
     pointers += [result.data_ptr() for result in results]
     used = {value.data_ptr() for _, _, arguments, _ in made for value in arguments.values() if isinstance(value, Tensor)}
     recipe: Recipe | None = None
-    vendor = by_vendor.get((function, ways[0])) if len(ways) == 1 and not made else None
+    vendor = by_vendor.get((function, ways[0][2])) if len(ways) == 1 and not made else None
     if vendor is not None:
         recipe = lambda args, pointers: vendor(*args)  # noqa: E731
     elif all(result.data_ptr() in used for result in results):

@@ -143,7 +143,7 @@ def _way(op: str, like: Tensor, call: Call, signature: tuple, promise: str | Non
             _decided.clear()
         _decided[signature] = way
     if _thread.taken is not None:
-        _thread.taken.append(way)
+        _thread.taken.append((op, call, way))
     if _thread.collected is not None:
         words = ", ".join(str(value) if isinstance(value, str) else f"{name} {value}" for name, value in call.items())
         _thread.collected[f"{op}: {words}"] = f"{way}: {why}"
@@ -213,7 +213,7 @@ def _library(index: int) -> str:
 
 
 class _Thread(threading.local):
-    taken: list[str] | None = None
+    taken: list[tuple[str, Call, str]] | None = None
     collected: dict[str, str] | None = None
 
 
@@ -242,8 +242,8 @@ def collect() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def taken() -> Iterator[list[str]]:
-    """The ways that were decided on inside, in order."""
+def taken() -> Iterator[list[tuple[str, Call, str]]]:
+    """(operator, what rules go by, way) of the decisions made inside, in order."""
     outer, found = _thread.taken, []  # type: ignore[var-annotated]
     _thread.taken = found
     try:
