@@ -5,12 +5,14 @@ itself, where there is a GPU."""
 import contextlib
 import copy
 import gc
+import itertools
 import pickle
 import threading
 import warnings
 import weakref
 from collections import namedtuple
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -639,6 +641,99 @@ def test_without_a_cuda_device_the_report_says_so():
     assert fastvit.report(fastvit.accelerate(timm_vit().blocks, cuda_graphs=True)).graphs
     modules = fastvit.accelerate(nn.ModuleList(timm_vit().blocks), cuda_graphs=True)
     assert fastvit.report(modules).graphs == {"": "none: it has no forward: accelerate what is called"}
+
+
+class Cuda:
+    """What ``CudaRecorder`` asks of ``torch.cuda``, with a log in the place of a GPU."""
+
+    def __init__(self, fails_in_capture=False):
+        self.log, self.streams, self.current, self.fails = [], itertools.cycle(range(1, 33)), None, fails_in_capture
+        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.log.append("replay"))
+        self.graph_pool_handle = lambda: (0, 1)
+        self.synchronize = lambda device: self.log.append("synchronize")
+
+    def Stream(self, device):
+        stream = Stream(next(self.streams))
+        stream.wait_stream = lambda other: self.log.append(f"{stream} waits for {other}")
+        return stream
+
+    def current_stream(self):
+        return self.current
+
+    def set_stream(self, stream):
+        self.current = stream
+
+    @contextlib.contextmanager
+    def device(self, device):
+        yield
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.current = stream
+        self.log.append(f"captures on {stream}, {capture_error_mode}")
+        yield
+        if self.fails:
+            raise RuntimeError("operation failed due to a previous error during capture")  # the stream stays current
+        self.current = None
+
+
+class Stream:
+    def __init__(self, number):
+        self.number = number
+
+    def __eq__(self, other):
+        return isinstance(other, Stream) and self.number == other.number
+
+    def __hash__(self):
+        return self.number
+
+    def __repr__(self):
+        return f"stream {self.number}"
+
+
+def test_the_recorder_orders_streams_and_survives_a_failed_capture(monkeypatch):
+    monkeypatch.setattr(recorder.torch, "cuda", cuda := Cuda())
+    ended = []
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *of: ended.append("ended"), raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda *of: ended.append("released"), raising=False)
+    one, other = (recorder.CudaRecorder(torch.device("cuda", 0)) for _ in range(2))
+    assert one.stream != other.stream
+    for _ in range(40):  # streams of recorders that are gone are taken again
+        recorder.CudaRecorder(torch.device("cuda", 0))
+    caller, another = cuda.Stream(0), cuda.Stream(0)
+    tensor = SimpleNamespace(record_stream=lambda stream: cuda.log.append(f"input on {stream}"))
+    runs = []
+    cuda.current = caller
+    with one.turn([tensor]):
+        replay, result = one.record(lambda: runs.append(cuda.current) or "result")
+    assert (runs, result) == ([one.stream] * 3, "result")
+    assert cuda.log == [
+        f"{one.stream} waits for {caller}",
+        f"captures on {one.stream}, thread_local",
+        f"{caller} waits for {one.stream}",
+    ]
+    cuda.log.clear()
+    for stream in (caller, another, another):
+        cuda.current = stream
+        with one.turn([tensor]):
+            replay()
+    assert cuda.log == ["replay", f"{another} waits for {caller}", f"input on {another}", "replay", "replay"]
+    assert not ended
+
+    cuda.fails, before = True, other.stream
+    cuda.current = caller
+    with pytest.raises(RuntimeError, match="previous error during capture"), other.turn([tensor]):
+        other.record(lambda: None)
+    assert cuda.current is caller
+    assert ended == ["ended", "released"]
+    assert other.stream not in (before, one.stream)
+    assert not recorder._recording.locked()
 
 
 # --- on a GPU -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 
 WARM_UP = 2  # runs beforehand: kernels are compiled, launch plans made and libraries set up outside the recording
 
+STREAMS = 32  # that PyTorch has a device; asked for one more, it hands out the first again
+
+_recorders: "weakref.WeakSet[CudaRecorder]" = weakref.WeakSet()
 _recording = threading.Lock()  # PyTorch's allocator takes one recording at a time
 
 
@@ -17,11 +21,17 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.stream: torch.cuda.Stream
         self.last: torch.cuda.Stream | None = None  # the stream of the turn before
         self._start_afresh()
+        _recorders.add(self)
 
     def _start_afresh(self) -> None:
-        self.stream = torch.cuda.Stream(self.device)  # one for all: memory in a pool is reused within a stream
+        """One stream for all recordings, within which memory of a pool is reused; and no other recorder's, as matrix products
+        recorded on one stream share a workspace, and replays of two models may run at the same time."""
+        taken = {recorder.stream for recorder in list(_recorders)}
+        streams = [torch.cuda.Stream(self.device) for _ in range(STREAMS)]
+        self.stream = next((stream for stream in streams if stream not in taken), streams[0])
         self.pool = torch.cuda.graph_pool_handle()
 
     @staticmethod

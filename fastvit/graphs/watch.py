@@ -35,7 +35,6 @@ class Watch:
         self.own = [inner.__dict__ for inner in self.modules]
         self.tables = [table for own in (module.__dict__, *self.own) for table in _tables(own) if table]
         self.children = list(chain.from_iterable(map(dict.values, self.tables)))
-        self.ids = list(map(id, self.children))
         self.kinds = list(map(type, self.modules))
         tensors = [child for child in self.children if isinstance(child, Tensor)]
         self.why_never = _why_never(module, tensors)
@@ -49,7 +48,8 @@ class Watch:
     def replaced(self, module: nn.Module) -> bool:
         """Whether a child, a class, a tensor or a setting is another one now, or lies elsewhere."""
         return (
-            list(map(id, chain.from_iterable(map(dict.values, self.tables)))) != self.ids
+            sum(map(len, self.tables)) != len(self.children)
+            or not all(map(operator.is_, chain.from_iterable(map(dict.values, self.tables)), self.children))
             or list(map(type, self.modules)) != self.kinds
             or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
             or self._versions() != self.versions
