@@ -7,7 +7,8 @@
 
 Shapes: residual, branch, y, total, and their gradients [rows, channels], last stride 1; weight, bias, layer_scale
 [channels]; mean, rstd [rows] float32, saved for the backward pass. Each tensor is read once and written once; a row lives
-in registers, so channels ≤ MAX_CHANNELS, in backward MAX_CHANNELS_BACKWARD (``layer_norm_wide`` takes over from there).
+in registers, in forward up to 2048 channels in those of one warp, whose sums need no barrier. So channels ≤ MAX_CHANNELS, in
+backward MAX_CHANNELS_BACKWARD (``layer_norm_wide`` takes over from there).
 Weight gradients leave as partial sums [programs, channels] in float32, added up by ``reduce``: no atomics, the same bits
 every time.
 Reference: ``fastvit.reference.layer_norm`` and ``add_layer_norm``.
@@ -23,6 +24,58 @@ from ._tuning import config
 
 MAX_CHANNELS = 16384
 MAX_CHANNELS_BACKWARD = 8192  # its three running sums share the registers with the row
+
+
+@triton.jit
+def load_piece(ptr, row, column, stride_row, inside, MASKED: tl.constexpr):
+    ptrs = ptr + row[:, None] * stride_row + column[None, :]
+    if MASKED:
+        return tl.load(ptrs, mask=inside[None, :], other=0.0).to(tl.float32)
+    else:
+        return tl.load(ptrs).to(tl.float32)
+
+
+@triton.jit
+def _gather(
+    x_ptr,
+    branch_ptr,
+    scale_ptr,
+    total_ptr,
+    row,
+    column,
+    inside,
+    stored,
+    channels,
+    stride_x_row,
+    stride_branch_row,
+    MASKED: tl.constexpr,
+):
+    """One piece of the rows: the input, or the sum as it is rounded and stored."""
+    x = load_piece(x_ptr, row, column, stride_x_row, inside, MASKED)
+    if branch_ptr is not None:
+        branch = load_piece(branch_ptr, row, column, stride_branch_row, inside, MASKED)
+        if scale_ptr is not None:
+            branch *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        rounded = (x + branch).to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row[:, None] * channels + column[None, :], rounded, mask=stored)
+        x = rounded.to(tl.float32)
+    return x
+
+
+@triton.jit
+def _centre(x, mean, inside, MASKED: tl.constexpr):
+    x -= mean[:, None]
+    return tl.where(inside[None, :], x, 0.0) if MASKED else x
+
+
+@triton.jit
+def _emit(centred, rstd, weight_ptr, bias_ptr, y_ptr, row, column, inside, stored, channels):
+    y = centred * rstd[:, None]
+    if weight_ptr is not None:
+        y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -43,32 +96,41 @@ def _layer_norm_forward(
     eps,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr,  # of the row, a second piece; 0 for none
+    EVEN: tl.constexpr,  # the pieces are as long as the row
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = row < rows
+    row = tl.minimum(row, rows - 1)  # reads the last row again instead of a mask on every load; its results are not stored
+    MASKED: tl.constexpr = TAIL == 0 and not EVEN
     column = tl.arange(0, BLOCK_C)
-    inside = column < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if branch_ptr is not None:
-        branch = tl.load(branch_ptr + row[:, None] * stride_branch_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if scale_ptr is not None:
-            branch *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        x += branch
-        rounded = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row[:, None] * channels + column[None, :], rounded, mask=mask)
-        x = rounded.to(tl.float32)
-    mean = tl.sum(x, axis=1) / channels
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / channels + eps)
-    y = centred * rstd[:, None]
-    if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+    inside = column < channels if MASKED else column >= 0
+    stored = valid[:, None] & inside[None, :]
+    # fmt: off
+    x = _gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, column, inside, stored, channels,
+                stride_x_row, stride_branch_row, MASKED)
+    mean = tl.sum(x, axis=1)
+    if TAIL:
+        tail_column = BLOCK_C + tl.arange(0, TAIL)
+        tail_inside = tail_column >= 0 if EVEN else tail_column < channels
+        tail_stored = valid[:, None] & tail_inside[None, :]
+        tail = _gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, tail_column, tail_inside, tail_stored, channels,
+                       stride_x_row, stride_branch_row, not EVEN)
+        mean += tl.sum(tail, axis=1)
+    # fmt: on
+    mean /= channels
+    x = _centre(x, mean, inside, MASKED)
+    squares = tl.sum(x * x, axis=1)
+    if TAIL:
+        tail = _centre(tail, mean, tail_inside, not EVEN)
+        squares += tl.sum(tail * tail, axis=1)
+    rstd = 1.0 / tl.sqrt_rn(squares / channels + eps)
+    _emit(x, rstd, weight_ptr, bias_ptr, y_ptr, row, column, inside, stored, channels)
+    if TAIL:
+        _emit(tail, rstd, weight_ptr, bias_ptr, y_ptr, row, tail_column, tail_inside, tail_stored, channels)
     if mean_ptr is not None:
-        tl.store(mean_ptr + row, mean, mask=row < rows)
-        tl.store(rstd_ptr + row, rstd, mask=row < rows)
+        tl.store(mean_ptr + row, mean, mask=valid)
+        tl.store(rstd_ptr + row, rstd, mask=valid)
 
 
 @triton.jit
@@ -141,6 +203,16 @@ def _layer_norm_backward(
         tl.store(dscale_ptr + program * channels + column, tl.sum(dscale, axis=0), mask=inside)
 
 
+def pieces(channels: int) -> dict[str, int | bool]:
+    """A row as one power of two, or as two where those leave fewer lanes idle: 768 = 512 + 256, 1280 = 1024 + 256."""
+    block = max(16, triton.next_power_of_2(channels))
+    rest = channels - block // 2
+    tail = max(16, triton.next_power_of_2(rest))
+    if tail >= block // 2:
+        return {"BLOCK_C": block, "TAIL": 0, "EVEN": block == channels}
+    return {"BLOCK_C": block // 2, "TAIL": tail, "EVEN": tail == rest}
+
+
 @planned
 def launch_layer_norm_forward(
     x: torch.Tensor,
@@ -178,7 +250,7 @@ def launch_layer_norm_forward(
         stride_x_row=stride,
         stride_branch_row=row_stride(branch),
         eps=eps,
-        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+        **pieces(channels),
     )
 
 
