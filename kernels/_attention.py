@@ -49,6 +49,27 @@ def store_tile(ptr, tile, row, row_end, stride_row, FIRST: tl.constexpr, WIDTH: 
 
 
 @triton.jit
+def load_mask(
+    mask_ptr,  # of one head, or of its queries, broadcastable to the scores
+    column,  # key indices (int64), broadcastable to the scores
+    exists,  # which of these keys exist, broadcastable to the mask, or None for all of them
+    stride_mask_column,
+    MASK: tl.constexpr,
+):
+    """What the mask adds to the scores, float32. Load it before the products: their layout is then the one it is brought to."""
+    ptrs = mask_ptr + column * stride_mask_column
+    if exists is None:
+        mask = tl.load(ptrs)
+    else:
+        mask = tl.load(ptrs, mask=exists, other=0)
+    if MASK == "bool":
+        # 0 becomes the bits of −inf and every other byte those of 0, without a comparison: there are few predicate registers.
+        return ((mask.to(tl.int32) - 1) & -0x800000).to(tl.float32, bitcast=True)
+    else:
+        return mask.to(tl.float32)
+
+
+@triton.jit
 def masked_scores(
     scores,  # any orientation, log2 units or any other that a positive factor makes log2 units of; natural under an additive mask
     row,  # query indices, broadcastable to the scores

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from ._attention import biased_scores, gather_rel, load_tile, power, store_tile
+from ._attention_arguments import common_arguments, row_for
 from ._launch import launch
 from ._plans import planned
-from .attention_forward import common_arguments, row_for
 
 
 @triton.jit

@@ -13,10 +13,10 @@ import triton
 import triton.language as tl
 
 from ._attention import biased_scores, load_tile, power, store_tile
+from ._attention_arguments import common_arguments, row_for
 from ._launch import launch, target_of
 from ._plans import planned
 from ._tuning import config
-from .attention_forward import common_arguments, row_for
 
 
 @triton.jit

@@ -13,10 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import MIN_DOT, load_tile, masked_scores, softmax_step, split_head_dim, store_tile
-from ._launch import input_precision, launch, target_of
+from ._attention import load_mask, load_tile, softmax_step, store_tile
+from ._attention_arguments import forward_arguments, row_for
+from ._launch import launch
 from ._plans import planned
-from ._tuning import config
 from .attention_short import launch_attention_short, serves
 
 
@@ -30,20 +30,17 @@ def _attend(
     q_tail,  # [BLOCK_M, TAIL] or q
     k_ptr,  # [keys, DIM] of this head
     v_ptr,  # [keys, VALUE_DIM] of this head
-    mask_ptr,  # of this head
+    mask_ptr,  # of this head, or of its queries [BLOCK_M, 1]
     rel_w,  # [BLOCK_M, BLOCK_N] in the units of the scores, or None
     rel_h,  # [BLOCK_M] in the units of the scores, or None
     row,  # [BLOCK_M] query indices
     start,
     key_end,
-    queries,
     stride_k_row,
     stride_v_row,
-    stride_mask_row,
     stride_mask_column,
     factor,  # |scale| in the units of the scores
     MASK: tl.constexpr,
-    WIDE_MASK: tl.constexpr,
     CAUSAL: tl.constexpr,
     BOUNDED: tl.constexpr,
     DIM: tl.constexpr,
@@ -58,6 +55,10 @@ def _attend(
 ):
     """One block of keys: the update of (acc, acc_tail, peak, total)."""
     column = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    exists = (tl.arange(0, BLOCK_N) < key_end - start)[None, :] if BOUNDED else None
+    EXACT: tl.constexpr = q.dtype == tl.float32 and INPUT_PRECISION == "ieee"  # products that leave no registers for the mask
+    if MASK != "none" and not EXACT:
+        mask = load_mask(mask_ptr, column[None, :], exists, stride_mask_column, MASK)
     k = load_tile(k_ptr, column, key_end, stride_k_row, 0, MAIN, DIM, BOUNDED)
     products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     if TAIL > 0:
@@ -70,21 +71,16 @@ def _attend(
         factor = 1.0
     if rel_w is not None:
         products += rel_w
-    scores = masked_scores(
-        products,
-        row[:, None],
-        column[None, :],
-        queries,
-        key_end,
-        mask_ptr,
-        stride_mask_row,
-        stride_mask_column,
-        MASK,
-        WIDE_MASK,
-        CAUSAL,
-        BOUNDED,
-    )
-    weights, shrink, peak, total = softmax_step(scores, factor, rel_h, peak, total, MASK)
+    if MASK != "none":
+        if EXACT:
+            mask = load_mask(mask_ptr, column[None, :], exists, stride_mask_column, MASK)
+        products += mask
+    if BOUNDED or CAUSAL:
+        last = key_end - 1 - start
+        if CAUSAL:
+            last = tl.minimum(row.to(tl.int32) - start, last)[:, None]
+        products = tl.where(tl.arange(0, BLOCK_N)[None, :] <= last, products, float("-inf"))
+    weights, shrink, peak, total = softmax_step(products, factor, rel_h, peak, total, MASK)
     v = load_tile(v_ptr, column, key_end, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
     rounded = weights.to(v.dtype)
     acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
@@ -128,7 +124,7 @@ def _attention_forward(
     stride_out_row,
     scale,
     MASK: tl.constexpr,
-    WIDE_MASK: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
@@ -154,6 +150,8 @@ def _attention_forward(
     v_ptr += batch * stride_v_batch + (head // groups) * stride_v_head
     if MASK != "none":
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head
+        if MASK_ROWS:
+            mask_ptr += tl.minimum(row, queries - 1)[:, None] * stride_mask_row
 
     q = load_tile(q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
     q_tail = q
@@ -174,6 +172,7 @@ def _attention_forward(
         rel_h_ptr += (batch_head * queries + row) * key_rows
         rel_w_ptr += (batch_head * queries + row) * key_columns
         inside = row < queries
+        tl.assume((key_rows > 0) & (key_columns > 0))  # see below
         for left in range(0, key_columns, BLOCK_N):
             place = left + tl.arange(0, BLOCK_N)
             present = inside[:, None] & (place < key_columns)[None, :]
@@ -195,14 +194,11 @@ def _attention_forward(
                     row,
                     key_row * key_columns + left,
                     (key_row + 1) * key_columns,
-                    queries,
                     stride_k_row,
                     stride_v_row,
-                    stride_mask_row,
                     stride_mask_column,
                     factor,
                     MASK,
-                    WIDE_MASK,
                     CAUSAL,
                     not EVEN_COLUMNS,
                     DIM,
@@ -216,89 +212,53 @@ def _attention_forward(
                     INPUT_PRECISION,
                 )
     else:
-        # The body needs no bounds; the tail carries the last keys and, when causal, the diagonal.
         begin = 0
         end = keys
         if SPLIT:
             share = tl.cdiv(tl.cdiv(keys, BLOCK_N), tl.num_programs(1)) * BLOCK_N
             begin = tl.program_id(1) * share
             end = tl.minimum(keys, begin + share)
-        body_end = begin + ((end - begin) // BLOCK_N) * BLOCK_N
+        # The last keys first, with bounds and, when causal, the diagonal; then the body, which needs none. A loop that might not
+        # run at all would have the zeros of its sums meet what it leaves in flight: ptxas then waits after every wgmma.
+        body_end = begin + ((end - begin - 1) // BLOCK_N) * BLOCK_N
         if CAUSAL:
             body_end = tl.minimum(body_end, (first // BLOCK_N) * BLOCK_N)
             end = tl.minimum(keys, first + BLOCK_M)
-        for start in range(begin, body_end, BLOCK_N):
-            acc, acc_tail, peak, total = _attend(
-                acc,
-                acc_tail,
-                peak,
-                total,
-                q,
-                q_tail,
-                k_ptr,
-                v_ptr,
-                mask_ptr,
-                None,
-                None,
-                row,
-                start,
-                keys,
-                queries,
-                stride_k_row,
-                stride_v_row,
-                stride_mask_row,
-                stride_mask_column,
-                factor,
-                MASK,
-                WIDE_MASK,
-                False,
-                False,
-                DIM,
-                MAIN,
-                TAIL,
-                VALUE_DIM,
-                VALUE_MAIN,
-                VALUE_TAIL,
-                BLOCK_N,
-                NEGATIVE_SCALE,
-                INPUT_PRECISION,
-            )
-        for start in range(body_end, end, BLOCK_N):
-            acc, acc_tail, peak, total = _attend(
-                acc,
-                acc_tail,
-                peak,
-                total,
-                q,
-                q_tail,
-                k_ptr,
-                v_ptr,
-                mask_ptr,
-                None,
-                None,
-                row,
-                start,
-                keys,
-                queries,
-                stride_k_row,
-                stride_v_row,
-                stride_mask_row,
-                stride_mask_column,
-                factor,
-                MASK,
-                WIDE_MASK,
-                CAUSAL,
-                True,
-                DIM,
-                MAIN,
-                TAIL,
-                VALUE_DIM,
-                VALUE_MAIN,
-                VALUE_TAIL,
-                BLOCK_N,
-                NEGATIVE_SCALE,
-                INPUT_PRECISION,
-            )
+        tl.assume(body_end < end)
+        for part in tl.static_range(2):
+            for start in range(begin if part else body_end, body_end if part else end, BLOCK_N):
+                acc, acc_tail, peak, total = _attend(
+                    acc,
+                    acc_tail,
+                    peak,
+                    total,
+                    q,
+                    q_tail,
+                    k_ptr,
+                    v_ptr,
+                    mask_ptr,
+                    None,
+                    None,
+                    row,
+                    start,
+                    keys,
+                    stride_k_row,
+                    stride_v_row,
+                    stride_mask_column,
+                    factor,
+                    MASK,
+                    CAUSAL and part == 0,
+                    part == 0,
+                    DIM,
+                    MAIN,
+                    TAIL,
+                    VALUE_DIM,
+                    VALUE_MAIN,
+                    VALUE_TAIL,
+                    BLOCK_N,
+                    NEGATIVE_SCALE,
+                    INPUT_PRECISION,
+                )
 
     if SPLIT:
         rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
@@ -318,82 +278,6 @@ def _attention_forward(
         store_tile(out_ptr, acc_tail * inverse[:, None], row, queries, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
-def mask_kind(mask: torch.Tensor | None) -> str:
-    if mask is None:
-        return "none"
-    return "bool" if mask.dtype == torch.uint8 else "additive"
-
-
-def mask_arguments(mask: torch.Tensor | None) -> dict:
-    """Pointer and broadcast strides of a four-dimensional mask, a boolean one seen as bytes."""
-    names = ("stride_mask_batch", "stride_mask_head", "stride_mask_row", "stride_mask_column")
-    if mask is None:
-        return {"mask_ptr": None, "WIDE_MASK": False, **dict.fromkeys(names, 0)}
-    strides = [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)]
-    span = sum(size * stride for size, stride in zip(mask.shape[2:], strides[2:], strict=True))
-    return {"mask_ptr": mask, "WIDE_MASK": span >= 2**31, **dict(zip(names, strides, strict=True))}
-
-
-def common_arguments(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_h: torch.Tensor | None, scale: float
-) -> dict:
-    """The arguments that every attention kernel takes alike."""
-    names = ("batch", "head", "row")
-    strides = {
-        f"stride_{letter}_{name}": tensor.stride(dim)
-        for letter, tensor in (("q", q), ("k", k), ("v", v))
-        for dim, name in enumerate(names)
-    }
-    main, tail = split_head_dim(q.shape[3], q.element_size())
-    value_main, value_tail = split_head_dim(v.shape[3], v.element_size())
-    key_rows = 0 if rel_h is None else rel_h.shape[3]
-    return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
-        "heads": q.shape[1],
-        "groups": q.shape[1] // k.shape[1],
-        "queries": q.shape[2],
-        "keys": k.shape[2],
-        "key_rows": key_rows,
-        "key_columns": k.shape[2] // key_rows if key_rows else 0,
-        "scale": scale,
-        "MASK": mask_kind(mask),
-        "HAS_REL": rel_h is not None,
-        "DIM": q.shape[3],
-        "MAIN": main,
-        "TAIL": tail,
-        "VALUE_DIM": v.shape[3],
-        "VALUE_MAIN": value_main,
-        "VALUE_TAIL": value_tail,
-        "INPUT_PRECISION": input_precision(q.dtype),
-        **strides,
-        **mask_arguments(mask),
-    }
-
-
-def row_for(
-    op: str,
-    q: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    rel_w: torch.Tensor | None,
-    one_key_row_a_step: bool = True,
-) -> dict[str, int]:
-    """The tuning-table row; its key block is no wider than a row of keys where one row of keys is a step."""
-    row = config(
-        op,
-        target_of(q),
-        element_size=q.element_size(),
-        head_dim=max(q.shape[3], v.shape[3]),
-        queries=q.shape[2],
-        bias=int(mask is not None or rel_w is not None),
-    )
-    if rel_w is None or not one_key_row_a_step:
-        return row
-    return row | {"BLOCK_N": min(row["BLOCK_N"], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))}
-
-
 @planned
 def launch_attention_forward(
     q: torch.Tensor,
@@ -409,9 +293,8 @@ def launch_attention_forward(
 ) -> None:
     """Fills out, and lse unless None; every last stride is 1, rel_h, rel_w, lse are contiguous, the mask has four dimensions."""
     row = row_for("attention_forward", q, v, mask, rel_w)
-    arguments = common_arguments(q, k, v, mask, rel_h, scale)
-    if not is_causal and rel_h is None and serves(arguments) and k.shape[2] <= row.get("SHORT_KEYS", 0):
-        launch_attention_short(arguments, q, out, lse)
+    if not is_causal and rel_h is None and k.shape[2] <= row.get("SHORT_KEYS", 0) and serves(q, v, mask):
+        launch_attention_short(q, k, v, scale, out, lse)
         return
     launch(
         "attention_forward",
@@ -427,8 +310,7 @@ def launch_attention_forward(
         stride_out_head=out.stride(1),
         stride_out_row=out.stride(2),
         CAUSAL=is_causal,
-        NEGATIVE_SCALE=scale < 0,
         SPLIT=False,
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,
-        **arguments,
+        **forward_arguments(_attention_forward, q, k, v, mask, rel_h, scale),
     )

@@ -15,7 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import MIN_DOT, load_tile, store_tile
+from ._attention import MIN_DOT, load_tile, split_head_dim, store_tile
+from ._attention_arguments import forward_arguments
 from ._launch import launch, target_of
 from ._tuning import config
 
@@ -176,16 +177,17 @@ def _attention_short(
             store_tile(out_ptr, acc_tail * inverse, row, queries, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
-def serves(arguments: dict) -> bool:
+def serves(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
     """No mask, and head dims that need no padding: masked columns cost three times the instructions, and spills."""
-    filled = arguments["DIM"] == arguments["MAIN"] + arguments["TAIL"]
-    return arguments["MASK"] == "none" and filled and arguments["VALUE_DIM"] == arguments["VALUE_MAIN"] + arguments["VALUE_TAIL"]
+    return mask is None and all(sum(split_head_dim(t.shape[3], t.element_size())) == t.shape[3] for t in (q, v))
 
 
-def launch_attention_short(arguments: dict, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-    """Fills out, and lse unless None; ``arguments`` are ``attention_forward.common_arguments``."""
-    row = config("attention_short", target_of(q), head_dim=max(arguments["DIM"], arguments["VALUE_DIM"]))
-    first, second, third = pieces(arguments["keys"])
+def launch_attention_short(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """Fills out, and lse unless None."""
+    row = config("attention_short", target_of(q), head_dim=max(q.shape[3], v.shape[3]))
+    first, second, third = pieces(k.shape[2])
     batch_heads, tiles = q.shape[0] * q.shape[1], triton.cdiv(q.shape[2], row["BLOCK_M"])
     parts = min(tiles, max(1, row["MIN_PROGRAMS"] // max(1, batch_heads)))
     launch(
@@ -200,10 +202,9 @@ def launch_attention_short(arguments: dict, q: torch.Tensor, out: torch.Tensor, 
         stride_out_batch=out.stride(0),
         stride_out_head=out.stride(1),
         stride_out_row=out.stride(2),
-        NEGATIVE_SCALE=arguments["scale"] < 0,
-        EVEN=first + second + third == arguments["keys"],
+        EVEN=first + second + third == k.shape[2],
         FIRST=first,
         SECOND=second,
         THIRD=third,
-        **{name: value for name, value in arguments.items() if name in _attention_short.arg_names},
+        **forward_arguments(_attention_short, q, k, v, None, None, scale),
     )

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention_arguments import forward_arguments, row_for
 from ._launch import launch, target_of
 from ._plans import planned
 from ._tuning import config
-from .attention_forward import _attention_forward, common_arguments, row_for
+from .attention_forward import _attention_forward
 
 FEWEST = 4
 
@@ -104,10 +105,9 @@ def launch_attention_split(
         stride_out_head=partial.stride(2),
         stride_out_row=partial.stride(3),
         CAUSAL=False,
-        NEGATIVE_SCALE=scale < 0,
         SPLIT=True,
         EVEN_COLUMNS=False,
-        **common_arguments(q, k, v, mask, None, scale),
+        **forward_arguments(_attention_forward, q, k, v, mask, None, scale),
     )
     launch(
         "attention_split",
