@@ -6,7 +6,7 @@
 ``smoke`` checks every kernel once, ``first`` measures what matters most of all parts; without a part: smoke, the tests and
 everything. Writes ``DIR/<gpu>/<date>-<commit>.json`` after every row, so that a run cut short keeps what it measured, and a run
 of the same day and commit goes on where it stopped (``FASTVIT_COMMIT`` names the commit where git cannot). After ``--deadline``
-seconds nothing more is begun; shortly before, torch.compile is left out. Without a GPU: one sentence and exit status 2.
+seconds nothing more is begun, nor before what would not be done by then. Without a GPU: one sentence and exit status 2.
 ``--dry-run`` walks through the same code on a CPU with tiny shapes, measures nothing worth keeping and writes nothing.
 """
 

@@ -116,6 +116,9 @@ def run_vit(name: str, image: int, row: results.Row, settings: Settings) -> None
     with tempfile.TemporaryDirectory() as folder:
         others |= exported(model, x, Path(folder), small)
         ours = contest.variants("accelerated", lambda: contest.inference(mine, x), small)
+        if small:
+            graphed = functools.cache(lambda: accelerated(model, row, cuda_graphs=True))
+            ours["accelerated_cuda_graphs"] = lambda: contest.replayed(graphed(), contest.inference(graphed(), x))
         contest.run(row, settings, exact, others, ours)
 
 
@@ -145,6 +148,7 @@ def compete_in_fp8(model: nn.Module, x: Tensor, exact: Tensor, row: results.Row,
     """Fills the row with FP8's contestants, and with what fastvit takes for the same in bf16."""
     small = row["shape"][0] <= contest.GRAPHED_UP_TO
     rule = contest.Cosine()
+    rule.found |= row.get("cosines", {})
     theirs = functools.cache(lambda: contest.inference(exports.float8(copy.deepcopy(model)), x))
     others = contest.variants("torchao_float8", theirs, small, autotuned=True)
     ours = contest.variants("accelerated_fp8", functools.partial(in_fp8, model, x, row, settings), small)

@@ -46,7 +46,15 @@ FIRST = (
     Pick(
         "models",
         ("ViT-* 224, batch 1",),
-        only=("eager", "sdpa", "compile_graph", "compile_max_autotune", "accelerated", "accelerated_graph"),
+        only=(
+            "eager",
+            "sdpa",
+            "compile_graph",
+            "compile_max_autotune",
+            "accelerated",
+            "accelerated_graph",
+            "accelerated_cuda_graphs",
+        ),
     ),
     Pick("sam", ("SAM-? encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
     Pick("models", ("ViT-L/16 224, batch 64, fp8",), only=("torchao_float8_compile", "accelerated*")),
@@ -81,20 +89,22 @@ def contestants(row: results.Row) -> list[str]:
     def variants(name: str, autotuned: bool = False, compiled: str = "") -> list[str]:
         return list(contest.variants(name, lambda: lambda: None, small, autotuned, compiled))  # type: ignore[arg-type,return-value]
 
+    graphs = [f"{'fastvit' if row['op'] == 'sam' else 'accelerated'}_cuda_graphs"] if small else []
     if row["case"].endswith("fp8"):
         return [*variants("torchao_float8", True), *variants("accelerated_fp8"), *variants("accelerated")]
     if row["op"] == "model":
         exported = ["onnxruntime", *(["onnxruntime_graph"] if small else []), "tensorrt"]
-        return ["eager", *variants("sdpa", True, "compile"), *exported, *variants("accelerated")]
+        return ["eager", *variants("sdpa", True, "compile"), *exported, *variants("accelerated"), *graphs]
     if row["op"] == "training":
         plain = ["eager", "transformers_sdpa"] if row["case"].startswith("SAM") else ["sdpa", "eager"]
         return [*plain, "compile", "compile_max_autotune", "accelerated", "accelerated_compile"]
     if "encoder" in row["case"]:
         ways = [name for way in ("bias_folded", "bias_folded_flash", "flex") for name in variants(way)]
         others = [*variants("segment_anything", True), *variants("transformers_sdpa", True), *ways]
-        return [name for name in others if name not in ("flex", "flex_graph")] + [*variants("fastvit"), "accelerated"]
+        return [name for name in others if name not in ("flex", "flex_graph")] + [*variants("fastvit"), "accelerated", *graphs]
     autotuned = [] if "everything" in row["case"] else ["segment_anything_compile_max_autotune"]
-    return ["segment_anything", "segment_anything_compile", *autotuned, "fastvit", "fastvit_compile"]
+    graphs = graphs if autotuned else []
+    return ["segment_anything", "segment_anything_compile", *autotuned, "fastvit", "fastvit_compile", *graphs]
 
 
 def _there(name: str) -> bool:

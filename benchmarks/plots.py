@@ -2,7 +2,6 @@
 second against the batch, and how many times as fast as the fastest peer. Needs matplotlib.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def throughput(result: Result, path: Path) -> Path | None:
     """Images a second of every model that was measured at several batch sizes, of everyone that ran at most of them."""
     models: dict[str, list[tuple[int, Row]]] = {}
     for row in _whole(result):
-        named = re.fullmatch(r"(?P<model>.*), batch (?P<batch>\d+)(?P<rest>.*)", row["case"])
+        named = show.BATCH.fullmatch(row["case"])
         if named:
             models.setdefault(named["model"] + named["rest"], []).append((int(named["batch"]), row))
     models = {name: sorted(rows, key=lambda pair: pair[0]) for name, rows in models.items() if len(rows) > 1}
@@ -179,5 +178,5 @@ def ratios(result: Result, path: Path) -> Path | None:
             f"{found:.2f} × {results.fastest_peer(row)}", (found, place), xytext=(4, 0), textcoords="offset points", va="center"
         )
     axes.axvline(1.0, color="black", lw=1)
-    axes.set_xlim(0, 1.35 * max(found for _, found in rows))
+    axes.set_xlim(0, 1.35 * max(1.0, *(found for _, found in rows)))
     return _save(figure, path)

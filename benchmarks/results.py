@@ -94,6 +94,15 @@ def is_complete(row: Row, only: tuple[str, ...] = ("*",)) -> bool:
     return not {"error", "broke"} & row.keys() and not any(fnmatch.fnmatch(name, glob) for name in left for glob in only)
 
 
+def resumed(row: Row) -> Row:
+    """What another run goes on from: who was timed, and none of those left out for want of time. Empty where anything failed."""
+    late = row.get("error", NO_TIME).endswith(NO_TIME)
+    if not late or "broke" in row:
+        return {}
+    kept = {key: value for key, value in row.items() if key not in ("error", "traceback")}
+    return kept | {"unavailable": {name: reason for name, reason in row["unavailable"].items() if reason != NO_TIME}}
+
+
 def describe(error: BaseException) -> str:
     """One line: the first of the message, or the last of one that quotes source code, then what lies at the bottom of it."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]

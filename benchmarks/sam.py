@@ -300,6 +300,9 @@ def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
     for uncompiled in ("flex", "flex_graph"):  # it would write out the whole scores
         others.pop(uncompiled, None)
     ours = contest.variants("fastvit", subject.call(lambda: subject.mine.image_encoder), small)
+    if small:
+        graphed = functools.cache(lambda: fastvit.accelerate(contest.twin(subject.mine.image_encoder), cuda_graphs=True))
+        ours["fastvit_cuda_graphs"] = lambda: contest.replayed(graphed(), contest.inference(graphed(), subject.x))
     if subject.theirs is not None:
         ours["accelerated"] = subject.call(lambda: fastvit.accelerate(contest.twin(subject.theirs.image_encoder)))
     contest.run(row, settings, subject.exact, others, ours)
@@ -324,9 +327,12 @@ def run_prompt(name: str, row: results.Row, settings: Settings) -> None:
         "segment_anything_compile": subject.call(lambda: theirs("default")),
         "segment_anything_compile_max_autotune": subject.call(lambda: theirs("max-autotune")),
     }
+    graphed = functools.cache(lambda: fastvit.accelerate(contest.twin(mine), cuda_graphs=True))
+    in_graphs = subject.call(lambda: encode_and_decode(graphed(), graphed().image_encoder))
     ours = {
         "fastvit": subject.call(lambda: encode_and_decode(mine, mine.image_encoder)),
         "fastvit_compile": subject.call(lambda: encode_and_decode(mine, peers.compiled(mine.image_encoder))),
+        "fastvit_cuda_graphs": lambda: contest.replayed(graphed(), in_graphs()),
     }
     contest.run(row, settings, subject.exact, others, ours)
 

@@ -1,6 +1,8 @@
 """How a run measures: where, how long, whom, and whether it only walks through the code."""
 
 import fnmatch
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +13,8 @@ from .results import NO_TIME, Row
 class Settings:
     """``dry``: tiny shapes, one call each, nothing compiled. ``quick``: fewer repetitions, nothing compiled.
     ``late()``: compiling would cost rows. ``ceilings``: ``copy_gb_s`` and ``gemm_tflop_s`` of the device. ``only``: globs of the
-    contestants that have a turn, the others left for another run; ``limit_s``: a contestant's time, compiling included."""
+    contestants that have a turn, the others left for another run; ``limit_s``: a contestant's time, compiling included;
+    ``ends``: when, by ``time.monotonic``, nobody has a turn any more."""
 
     device: str
     ceilings: dict[str, float]
@@ -20,6 +23,7 @@ class Settings:
     late: Callable[[], bool] = lambda: False
     only: tuple[str, ...] = ("*",)
     limit_s: float | None = None
+    ends: float = math.inf
 
     @property
     def dtype(self) -> str:
@@ -32,7 +36,12 @@ class Settings:
 
     def why_not(self, name: str) -> str | None:
         """Why that contestant has no turn in this run."""
-        return None if any(fnmatch.fnmatch(name, glob) for glob in self.only) else NO_TIME
+        wanted = any(fnmatch.fnmatch(name, glob) for glob in self.only)
+        return None if wanted and time.monotonic() < self.ends else NO_TIME
+
+    def left_s(self) -> float | None:
+        """How long a contestant may take from now on; None: as long as it likes."""
+        return None if self.limit_s is None else min(self.limit_s, max(1.0, self.ends - time.monotonic()))
 
     def why_not_compiled(self) -> str | None:
         if self.dry:

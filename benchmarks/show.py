@@ -1,5 +1,6 @@
 """Results as text: a table for the terminal, losses first, and a Markdown page that a stranger can read."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -84,6 +85,21 @@ def table(rows: Iterable[Row]) -> list[str]:
     return lines + ["| " + " | ".join(_cells(row)) + " |" for row in by_ratio(rows)]
 
 
+BATCH = re.compile(r"(?P<model>.*), batch (?P<batch>\d+)(?P<rest>.*)")
+
+
+def by_batch(rows: Iterable[Row]) -> list[Row]:
+    """Rows of one model together, in order of their batch; models as they first came, those in FP8 behind the others."""
+    rows = list(rows)
+    found = [BATCH.fullmatch(row["case"]) for row in rows]
+    names = [
+        (match["model"] + match["rest"], int(match["batch"])) if match else (row["case"], 0)
+        for match, row in zip(found, rows, strict=True)
+    ]
+    first = list(dict.fromkeys(name for name, _ in names))
+    return [row for _, row in sorted(zip(names, rows, strict=True), key=lambda pair: (first.index(pair[0][0]), pair[0][1]))]
+
+
 def images_s(row: Row) -> float | None:
     return 1e3 * row["shape"][0] / row["ours_ms"] if row["ours_ms"] else None
 
@@ -152,6 +168,7 @@ def model_section(rows: list[Row], result: Result) -> list[str]:
     """The tables of whole models: on a GPU, where contestants are many, the fastest peer's, FP8, and then everyone's."""
     if result.get("gpu", "none") == "none":
         return model_table(rows)
+    rows = by_batch(rows)
     parts = [model_table(rows, everyone=False), fp8_table(rows), everyone_table(rows)]
     return [line for part in parts if part for line in (*part, "")]
 

@@ -2,10 +2,12 @@
 
 A part is what its name says of ``PARTS``; ``first`` is a choice out of all of them (``plan``). Rows that a file of the same day
 and commit has already are not measured again, unless something in them failed or was left out for want of time. After the
-deadline nothing more is begun; from a share of a part's time on nothing is compiled, and the rows say so. In ``first``
-everything is compiled, and a row that would not be done in time is left to the next run.
+deadline nothing more is begun. On a CPU nothing is compiled from a share of a part's time on, and the rows say so; on a GPU a row
+that would not be done in time, by its estimate, is left to the next run, and a whole model's that was cut short is gone on
+with, contestant by contestant.
 """
 
+import copy
 import datetime
 import fnmatch
 import functools
@@ -17,7 +19,21 @@ from pathlib import Path
 
 import torch
 
-from . import cases, cpu_models, first_call, launches, linear_8bit, measure, models, operators, plan, results, sam, training
+from . import (
+    cases,
+    cpu_models,
+    first_call,
+    launches,
+    linear_8bit,
+    measure,
+    models,
+    operators,
+    plan,
+    results,
+    sam,
+    show,
+    training,
+)
 from .settings import Settings, Task
 
 OPERATORS = tuple(cases.ALL)
@@ -27,7 +43,8 @@ FIRST = "first"
 CPU_PARTS = ("models", *OPERATORS)
 COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out
 LIMIT_S = 150.0  # a whole model's contestant on a GPU, compiling included
-GRACE_S = 40.0  # a row of ``first`` may end so long after the deadline
+LEAST_S = 90.0  # a row of a whole model is not begun with less left
+GRACE_S = 40.0  # what was begun on a GPU ends so long after the deadline at the latest
 CPU_MODELS_SHARE = 0.6  # of the whole time on a CPU goes to whole models
 
 
@@ -136,18 +153,24 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
                 share = left * CPU_MODELS_SHARE
             ends = time.monotonic() + COMPILING_SHARE * max(share, 0)
             settings = replace(base, ceilings=ceilings)
-            if part != FIRST:
+            if job.device == "cuda":
+                settings.ends = begun + job.deadline_s + GRACE_S
+            elif part != FIRST:
                 settings.late = functools.partial(lambda at: time.monotonic() > at, ends)
             for task in sorted(planned[part], key=lambda task: results.key(task.row) in tried):
                 before = tried.get(results.key(task.row))
                 if before and results.is_complete(before, task.only):
                     continue
                 now = time.monotonic() - begun
-                too_long = part == FIRST and result["rows"] and now + task.seconds > job.deadline_s + GRACE_S
+                whole = task.row["op"] in show.WHOLE  # which another run can go on from, contestant by contestant
+                takes = min(task.seconds, LEAST_S) if whole else task.seconds
+                too_long = result["rows"] and now + takes > job.deadline_s + GRACE_S
                 if now > job.deadline_s or too_long:
                     result["not_begun"].append(results.name_of(task.row))
                     continue
                 _without_who_broke(task, before)
+                if whole and before:
+                    task.row.update(copy.deepcopy(results.resumed(before)))
                 row = _fill(task, replace(settings, only=task.only))
                 result["rows"].append(row)
                 say(progress(row))

@@ -83,7 +83,7 @@ def gpu(docs: bool) -> list[str]:
         if whole is not None:
             path, result = whole
             rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
-            table = show.model_section(rows, result) if docs else show.model_table(rows, everyone=False)
+            table = show.model_section(rows, result) if docs else show.model_table(show.by_batch(rows), everyone=False)
             lines += [*table, "", _caption(path, {**result, "rows": rows}, docs), ""]
         if operators is not None and docs:
             lines += [*_operators(*operators, docs), ""]

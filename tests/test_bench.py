@@ -345,6 +345,12 @@ def test_a_gpus_models_have_latencies_energy_and_reasons():
     assert line.count("|") == lines[0].count("|")
 
 
+def test_models_are_listed_by_batch():
+    named = ["ViT-B, batch 256", "ViT-L, batch 256", "ViT-B, batch 1", "ViT-B, batch 64, fp8", "SAM", "ViT-L, batch 8"]
+    ordered = [row["case"] for row in show.by_batch(_row(name, 1.0) for name in named)]
+    assert ordered == [named[at] for at in (2, 0, 5, 1, 3, 4)]
+
+
 def test_the_tables_in_the_documentation_agree_with_the_result_files():
     assert [path.name for path, _ in tables.stale()] == [], "run python -m benchmarks.tables"
 

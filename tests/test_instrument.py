@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fastvit
 from benchmarks import (
     accuracy,
     cases,
@@ -394,6 +395,21 @@ def test_what_captures_itself_counts_as_a_replay_unless_it_refused(refused, time
     contender.peers({"compile_max_autotune": lambda: contest.Captured(lambda: x.bfloat16(), lambda: refused)})
     assert row["timed"]["compile_max_autotune"] == timed
     assert (row["peers_peak_mb"]["compile_max_autotune"] is None) != refused
+
+
+def test_graphs_that_are_not_replayed_are_no_time_and_no_defect():
+    model = fastvit.accelerate(models.build("ViT-B/16", DRY), cuda_graphs=True)
+    x = torch.randn(1, 3, 224, 224)
+    exact = contest.inference(model, x)()
+    row = results.new_row("toy", "model", "forward", "bf16", [1, 3, 224, 224]) | {"gflop": 1.0}
+    contestants = {
+        "accelerated": lambda: lambda: exact.bfloat16(),
+        "accelerated_2": lambda: contest.replayed(model, contest.inference(model, x)),
+    }
+    contest.run(row, DRY, exact, {}, contestants)
+    assert row["ours_ms"]
+    assert "error" not in row
+    assert "CUDA graphs need a CUDA device" in row["unavailable"]["accelerated_2"]
 
 
 def test_features_far_from_float32s_are_no_fp8():
