@@ -112,10 +112,17 @@ def resident_peak_mb(call: Call) -> float | None:
 def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True, counter: energy.Counter | None = None) -> Timing:
     """Times the calls in turn on the GPU, each on its own inputs, for about ``budget_s`` seconds; short ones as replays.
 
-    All on the current stream. Peak memory is of one call above what lay there; of a ``Replay`` that of its capture. With a
-    ``counter``, which goes with events alone, the timed stretch lasts a second at least and has its energy.
+    All on the current stream. Calls that take long, as masks of a whole picture do, come less often, three times at least. Peak
+    memory is of one call above what lay there; of a ``Replay`` that of its capture. With a ``counter``, which goes with events
+    alone, the timed stretch lasts a second at least and has its energy.
     """
-    for turn in range(max(WARM_UP, len(calls))):
+    calls[0]()
+    once = max(_event_times(calls, 1)[0], 1e-3)
+
+    def times(most: int, seconds: float, least: int = 3) -> int:
+        return max(least, min(most, int(seconds * 1e3 / once)))
+
+    for turn in range(times(max(WARM_UP, len(calls)), 1.0)):
         calls[turn % len(calls)]()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -123,10 +130,10 @@ def measure(calls: Sequence[Call], budget_s: float = 0.2, graphs: bool = True, c
     calls[0]()
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    first = summarize(_event_times(calls, 20))
+    first = summarize(_event_times(calls, times(20, 1.0)))
     replayed = _graph_times(calls, budget_s) if graphs and first.ms < GRAPH_BELOW_MS else None
     if replayed is None:
-        repeats = max(20, min(MOST_CALLS, int(budget_s * 1e3 / max(first.ms, 1e-3))))
+        repeats = max(times(20, 3.0), min(MOST_CALLS, int(budget_s * 1e3 / max(first.ms, 1e-3))))
         timing = _with_energy(calls, repeats, counter) if counter else summarize(_event_times(calls, repeats))
         timing.timed, timing.events_ms = "events", timing.ms
     else:
