@@ -425,7 +425,7 @@ def test_half_done_work_is_undone(monkeypatch):
     [
         ({"backend": "cuda"}, "expected one of auto, triton, torch"),
         ({"precision": "fp8"}, "leave precision=None"),
-        ({"precision": "int8"}, "expected None"),
+        ({"precision": "int4"}, "expected None"),
         ({"include": "layers.*.attention_"}, "matches no module"),
         ({"exclude": ["nothing"]}, "matches no module"),
     ],

@@ -1,5 +1,7 @@
 """The 8-bit operators: rounding bit for bit, products against float64, extremes, and what is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -286,4 +288,7 @@ def test_where_it_does_not_run(monkeypatch):
     assert quantized.why_not("fp8", cuda) is None
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert "fnuz" in quantized.why_not("fp8", cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-"))
     assert quantized.why_not("int8", cuda) is None
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx1100"))
+    assert quantized.why_not("int8", cuda) == "INT8 needs one of AMD's gfx90a, gfx942, gfx950, this GPU is gfx1100"

@@ -225,6 +225,37 @@ def test_parts_stay_until_the_loss_is_what_is_allowed(measured):
     assert tight.feature_cosine == pytest.approx(1, abs=1e-14)
 
 
+def test_the_interval_of_a_mean():
+    """Student's t: of 1, 2, 3, 4 the mean is below 2.5 + 2.353 · 1.291 / 2 with 95 % confidence; many tell nearly all."""
+    assert quantization._upper(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx(4.0188, abs=1e-4)
+    assert quantization._upper(torch.tensor([1.0, 3.0])) == pytest.approx(2 + 6.314, abs=1e-3)
+    assert quantization._upper(torch.tensor([7.0])) == 7
+    assert quantization._upper(torch.arange(21.0)) == pytest.approx(10 + 1.725 * 6.2048 / 21**0.5, abs=5e-3)
+    draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
+    assert sum(quantization._upper(row) > 0 for row in draws) / 2000 == pytest.approx(0.95, abs=0.02)
+
+
+def test_pictures_that_differ_leave_more_in_the_models_dtype(measured):
+    model, found = measured
+    assert found.pictures == 6
+    assert found.cosine_bound < found.feature_cosine
+    assert found.passed == (found.cosine_bound >= found.min_cosine)
+    one = quantization.accuracy(model, image(batch=1, seed=1), min_cosine=found.full_cosine)
+    assert one.cosine_bound is None
+    assert one.pictures == 1
+    assert "one picture, which says nothing of others" in str(one)
+    several = quantization.accuracy(model, image(batch=3, seed=1), min_cosine=found.full_cosine)
+    assert several.cosine_bound >= found.full_cosine or not several.parts
+    assert several.kept, "the mean of all is at the limit, so its interval is beyond"
+
+
+def test_accelerate_takes_the_format_from_what_was_measured(device, measured):
+    choice = quantization.Accuracy(**{**vars(measured[1]), "precision": "int8", "parts": {"blocks.1": frozenset({"qkv"})}})
+    planned = fastvit.report(fastvit.accelerate(copy.deepcopy(measured[0]), precision=choice, dry_run=True)).replaced
+    assert planned["blocks.1"].endswith("; in INT8: qkv (mlp would cost too much accuracy)")
+    assert "; in INT8: nothing" in planned["blocks.0"]
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_accelerate_obeys(device, measured):

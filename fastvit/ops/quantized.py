@@ -17,6 +17,7 @@ from ..reference_quantized import E4M3, FORMATS, INT8
 from ._common import as_rows, contiguous, define, kernels, wants_grad
 
 MIN_COMPUTE_CAPABILITY = {"fp8": (8, 9), "int8": (8, 0)}
+INT8_ON_AMD = ("gfx90a", "gfx942", "gfx950")  # what the kernels were compiled for
 
 __all__ = ["E4M3", "FORMATS", "INT8", "Quantized", "QuantizedWeight", "why_not"]
 
@@ -40,7 +41,12 @@ def why_not(precision: str, device: torch.device) -> str | None:
     if precision == "fp8" and device.type == "cuda" and torch.version.hip is not None:
         return "FP8 has no kernels for AMD GPUs, whose gfx942 has another format (fnuz)"
     reason = backend.why_not_triton(device)
-    if reason is None and device.type == "cuda" and torch.version.hip is None:
+    if reason is not None or device.type != "cuda":
+        return reason
+    if torch.version.hip is not None:
+        gpu = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        reason = None if gpu in INT8_ON_AMD else f"INT8 needs one of AMD's {', '.join(INT8_ON_AMD)}, this GPU is {gpu}"
+    else:
         capability = torch.cuda.get_device_capability(device)
         needed = MIN_COMPUTE_CAPABILITY[precision]
         if capability < needed:
