@@ -127,7 +127,13 @@ def _linear_8bit(
             b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=ZERO)
         if BLOCK_SCALES:
             scale = tl.load(a_scale_ptr + tl.full([], start // 128, tl.int64) * M + a_row)
-            acc += tl.dot(a, b).to(tl.float32) * scale[:, None]
+            if INTEGERS:
+                # Sums of a block are below 2²². Begun at the bits of 1.5 · 2²³, they are a float32's bits: nothing is converted.
+                begin = tl.full([BLOCK_M, BLOCK_N], 0x4B400000, tl.int32)
+                products = tl.dot(a, b, begin, out_dtype=tl.int32).to(tl.float32, bitcast=True) - 12582912.0
+            else:
+                products = tl.dot(a, b)
+            acc += products * scale[:, None]
         elif PROMOTE and not INTEGERS:
             acc += tl.dot(a, b, max_num_imprecise_acc=BLOCK_K)  # a bound, or the compiler would join sum and product
         else:
