@@ -138,9 +138,10 @@ def _operands(shape, outputs, device, form, block=None):
 
 # Rows and outputs below, at and beyond a tile of 64; sums that end within a step of 128, and just at one.
 PRODUCTS = [((1, 16), 8), ((2, 5, 40), 24), ((65, 128), 72), ((3, 200), 130), ((9, 272), 64)]
+OTHERS = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float32, torch.float16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *OTHERS], ids=str)
 @pytest.mark.parametrize("block", [None, 128], ids=["scale a row", "scale a block"])
 @pytest.mark.parametrize(("shape", "outputs"), PRODUCTS, ids=str)
 def test_linear(device, shape, outputs, block, dtype, form):
