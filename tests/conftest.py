@@ -4,12 +4,15 @@
 """
 
 import os
+import sys
 
 import pytest
 import torch
 
 ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
+if ON_GPU:
+    torch.backends.cudnn.allow_tf32 = False  # a patch embedding rounded to 10 bits would hide what the tests compare
+else:
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -25,6 +28,9 @@ if not ON_GPU:
 from fastvit._torchvision import ensure_importable  # noqa: E402
 
 ensure_importable()
+
+
+in_the_interpreter = pytest.mark.skipif(ON_GPU, reason="kernels are run on CPU tensors, which only the interpreter does")
 
 
 @pytest.fixture
@@ -59,3 +65,20 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _one_gpu_for_all():
+    """A kernel that breaks the device fails its own test, not the worker's next ones; much memory is not kept from the others."""
+    yield
+    if not ON_GPU:
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(error, file=sys.__stderr__, flush=True)
+        os._exit(1)  # nothing more runs on the GPU in this process; another takes its place
+    if torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()

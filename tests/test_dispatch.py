@@ -13,6 +13,9 @@ from fastvit.kernels import _tuning
 import fastvit
 from fastvit import acceleration, functional
 from fastvit.ops import dispatch
+from tests.conftest import in_the_interpreter
+
+pytestmark = in_the_interpreter
 
 SDPA = {"when": {"queries": [5, None]}, "serve": "sdpa", "why": "long", "basis": "measured"}
 KERNEL = {"when": {}, "serve": "kernel", "why": "short", "basis": "measured"}

@@ -267,8 +267,8 @@ def test_torchs_own_encoder_with_padded_tokens(norm_first):
     torch.testing.assert_close(fastvit.attention_rollout(model, x, src_key_padding_mask=padding), rollout(expected), **exact)
 
 
-def test_blocks_served_by_the_kernels_show_the_same(backend):
-    model, x = hf_vit(), image(1)
+def test_blocks_served_by_the_kernels_show_the_same(backend, device):
+    model, x = hf_vit().to(device), image(1).to(device)
     expected = rollout(matrices(model, x))
     fastvit.accelerate(model)
     torch.testing.assert_close(fastvit.attention_rollout(model, x), expected, **exact)

@@ -35,10 +35,10 @@ def timm_twin(**options):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (16, 16), (64, 48)], ids=str)
-def test_timms_weights_give_timms_results_and_gradients(size, backend):
-    theirs, ours = timm_twin(), small()
+def test_timms_weights_give_timms_results_and_gradients(size, backend, device):
+    theirs, ours = timm_twin().to(device), small().to(device)
     ours.load_state_dict(theirs.state_dict())
-    x = images(1, *size)
+    x = images(1, *size).to(device)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [model(leaf) for model, leaf in zip((ours, theirs), inputs, strict=True)]
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
@@ -188,11 +188,11 @@ def test_a_table_is_resized_by_its_grid_and_the_class_token_is_kept():
 @pytest.mark.parametrize(
     "options", [{}, {"norm_statistics": "image"}, {"pos_embed": "sinusoidal", "activation": "relu"}], ids=str
 )
-def test_both_backends_compute_the_float64_model(options, backend):
-    model = small(**options)
+def test_both_backends_compute_the_float64_model(options, backend, device):
+    model, x = small(**options).to(device), images().to(device)
     with fastvit.use_backend("torch"):
-        exact = copy.deepcopy(model).double()(images().double())
-    torch.testing.assert_close(model(images()).double(), exact, atol=2e-5, rtol=2e-5)
+        exact = copy.deepcopy(model).double()(x.double())
+    torch.testing.assert_close(model(x).double(), exact, atol=2e-5, rtol=2e-5)
 
 
 def test_norms_by_image_reach_every_norm():
@@ -248,18 +248,18 @@ def test_initial_weights_are_small_and_reproducible():
 
 
 @pytest.mark.parametrize("options", [{}, {"pos_embed": "sinusoidal"}], ids=str)
-def test_compiles_as_one_graph_also_for_another_image_size(options, backend):
-    model = small(depth=1, **options)
+def test_compiles_as_one_graph_also_for_another_image_size(options, backend, device):
+    model = small(depth=1, **options).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in ((16, 16), (24, 16)):
-        x = images(1, *size)
+        x = images(1, *size).to(device)
         torch.testing.assert_close(compiled(x), model(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, {"pos_embed": "sinusoidal"}], ids=str)
-def test_exports(options, backend):
-    model = small(depth=1, **options)
-    x = images(1, 24, 16)
+def test_exports(options, backend, device):
+    model = small(depth=1, **options).to(device)
+    x = images(1, 24, 16).to(device)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-5, rtol=1e-5)
 
 

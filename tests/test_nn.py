@@ -11,6 +11,7 @@ from torch import nn
 import fastvit
 from fastvit import reference
 from fastvit.nn import MLP, Attention, DropPath, EncoderBlock, LayerNorm, LayerScale, Linear
+from tests.conftest import ON_GPU
 from tests.models_for_acceleration import perturb
 
 
@@ -48,6 +49,9 @@ def block_equation(block: EncoderBlock, z, attn_mask=None, is_causal=False):
 
 def assert_same(module, equation, x, tolerance, **keywords):
     """Result and every gradient of ``module`` against the equation computed with its parameters in float64."""
+    device = "cuda" if ON_GPU else "cpu"
+    module, x = module.to(device), x.to(device)
+    keywords = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in keywords.items()}
     exact = copy.deepcopy(module).double()
     leaves = [x.clone().requires_grad_(), x.double().requires_grad_()]
     results = [module(leaves[0], **keywords), equation(exact, leaves[1], **keywords)]
@@ -247,9 +251,9 @@ def test_copies_pickles_and_state_dicts_are_the_same_block():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"norm_statistics": "image"}], ids=str)
-def test_compiles_as_one_graph_with_gradients(options, backend):
-    block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, **options))
-    x = tokens(1, 3, 32).requires_grad_()
+def test_compiles_as_one_graph_with_gradients(options, backend, device):
+    block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, **options)).to(device)
+    x = tokens(1, 3, 32).to(device).requires_grad_()
     expected = block(x)
     (gradient,) = torch.autograd.grad(expected.sum(), x)
     out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
@@ -258,9 +262,9 @@ def test_compiles_as_one_graph_with_gradients(options, backend):
 
 
 @pytest.mark.slow
-def test_a_windowed_block_compiles_as_one_graph(backend):
-    block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, window_size=4, rel_pos_size=4))
-    x = tokens(1, 3, 3, 32)
+def test_a_windowed_block_compiles_as_one_graph(backend, device):
+    block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, window_size=4, rel_pos_size=4)).to(device)
+    x = tokens(1, 3, 3, 32).to(device)
     with torch.no_grad():  # every window of the torch backend is traced by itself, with its checkpoint where it has a gradient
         out = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
         torch.testing.assert_close(out, block(x), atol=1e-5, rtol=1e-5)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -155,25 +156,18 @@ def test_copies_and_pickles_make_their_own(device):
 
 
 @pytest.mark.parametrize(
-    ("prepare", "reason"),
+    ("state", "reason"),
     [
-        (lambda model: model.train(), "FP8 is for inference"),
-        (lambda model: torch.set_grad_enabled(True), "FP8 has no gradients: call the model under torch.no_grad"),
-        (lambda model: torch.autocast("cuda" if ON_GPU else "cpu").__enter__(), "FP8 does not run under autocast"),
+        (lambda model: nullcontext(model.train()), "FP8 is for inference"),
+        (lambda model: torch.enable_grad(), "FP8 has no gradients: call the model under torch.no_grad"),
+        (lambda model: torch.autocast("cuda" if ON_GPU else "cpu"), "FP8 does not run under autocast"),
     ],
     ids=["training", "gradients", "autocast"],
 )
-def test_what_fp8_does_not_serve_runs_its_own_forward(device, prepare, reason):
+def test_what_fp8_does_not_serve_runs_its_own_forward(device, state, reason):
     model = _in_fp8(timm_vit(depth=1), device)
-    clear = torch.is_grad_enabled()
-    autocast = torch.is_autocast_enabled("cpu")
-    try:
-        torch.set_grad_enabled(False)
-        prepare(model)
+    with torch.no_grad(), state(model):
         model(image().to(device))
-    finally:
-        torch.set_grad_enabled(clear)
-        torch.set_autocast_enabled("cpu", autocast)
     assert reason in fastvit.report(model).fallbacks["blocks.0"]
 
 

@@ -358,10 +358,11 @@ def test_verify_leaves_the_report_as_it_was():
 @pytest.mark.parametrize("function", [fastvit.verify, fastvit.report])
 def test_data_parallel_is_refused(function):
     model = nn.DataParallel(fastvit.accelerate(timm_vit()))
+    x = image().to(next(model.parameters()).device)  # it takes the model to the GPU where there is one
     with pytest.raises(ValueError, match="holds a DataParallel, whose replicas cannot be observed; pass the module inside it"):
-        function(model, image())
+        function(model, x)
     assert fastvit.report(model).replaced
-    assert function(model.module, image())
+    assert function(model.module, x)
 
 
 # --- patterns and traces ------------------------------------------------------------------------------------------------

@@ -13,6 +13,9 @@ import fastvit
 from benchmarks import accuracy, candidates, cases, measure, operators, tune, tuning_bench, tuning_cases
 from fastvit import functional
 from fastvit.ops import dispatch
+from tests.conftest import in_the_interpreter
+
+pytestmark = in_the_interpreter
 
 ABOUT = {
     "target": "interpreter", "gpu": "none", "driver": "none", "commit": "abc", "date": "today", "torch": "2", "triton": "3",

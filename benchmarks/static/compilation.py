@@ -86,7 +86,8 @@ def specialize(launch: Launch, target: str) -> tuple[dict, dict, dict]:
     """(signature, constants, attributes) as Triton's own launcher derives them from the arguments."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(launch.kernel.params):
-        name, value = parameter.name, launch.arguments.get(parameter.name)
+        default = parameter.default if parameter.has_default else None
+        name, value = parameter.name, launch.arguments.get(parameter.name, default)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, Tensor):

@@ -186,6 +186,8 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, is_cau
     else:
         empty = ~bias.any(-1, keepdim=True)
         bias = bias | empty
+    if bias.is_cuda and bias.shape[-1] < key.shape[2]:  # one value a row: the memory-efficient kernel reads a mask by rows
+        bias = bias.expand(*bias.shape[:-1], key.shape[2]).contiguous()
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
     return out.masked_fill(empty, 0)
 
