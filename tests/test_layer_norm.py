@@ -55,7 +55,7 @@ def _check(arguments, **options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [2, 7, 64, 100, 384, 768, 1024])
+@pytest.mark.parametrize("channels", [2, 7, 64, 768, *(pytest.param(count, marks=SLOW) for count in (100, 384, 1024))])
 @pytest.mark.parametrize("statistics", ["token", "image"])
 def test_channels(backend, device, dtype, channels, statistics):
     _check(_arguments((3, 7, channels), dtype, device), statistics=statistics)
@@ -64,7 +64,7 @@ def test_channels(backend, device, dtype, channels, statistics):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "channels",
-    [5120, 16384, pytest.param(16385, marks=SLOW), pytest.param(20000, marks=SLOW)],
+    [5120, *(pytest.param(count, marks=SLOW) for count in (16384, 16385, 20000))],
     ids=["5120", "widest row", "first wide row", "20000"],
 )
 def test_wide_channels(backend, device, dtype, channels):
@@ -199,14 +199,14 @@ def _check_add(arguments):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("channels", [2, 7, 384, 1024])
+@pytest.mark.parametrize("channels", [7, 384, pytest.param(2, marks=SLOW), pytest.param(1024, marks=SLOW)])
 @pytest.mark.parametrize("scale", [True, False], ids=["layer scale", "no layer scale"])
 def test_add_channels(backend, device, dtype, channels, scale):
     _check_add(_add_arguments((3, 7, channels), dtype, device, scale=scale))
 
 
 @pytest.mark.parametrize("channels", [pytest.param(16384, marks=SLOW), 20000])
-@pytest.mark.parametrize("scale", [True, False], ids=["layer scale", "no layer scale"])
+@pytest.mark.parametrize("scale", [True, pytest.param(False, marks=SLOW)], ids=["layer scale", "no layer scale"])
 def test_add_wide_channels(backend, device, channels, scale):
     _check_add(_add_arguments((3, channels), torch.bfloat16, device, scale=scale))
 

@@ -16,6 +16,8 @@ from tests.test_offsets import _check as check_offsets
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 NORMS = [None, "layer", "rms"]
+SLOW = pytest.mark.slow
+FLOAT16 = pytest.param(torch.float16, marks=SLOW)
 
 
 def _tables(tokens, dim, device, dtype=torch.float32, lead=()):
@@ -54,14 +56,14 @@ def _steepest(arguments, norm):
     return (square + 1e-6).rsqrt().max().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FLOAT16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_dtypes(backend, device, dtype, interleaved, norm):
     _check(_arguments((2, 3, 7, 16), dtype, device, norm), **_tables(6, 16, device), interleaved=interleaved, norm=norm)
 
 
-@pytest.mark.parametrize("dim", [2, 6, 32, 40, 48, 64, 72, 80, 128, 256])
+@pytest.mark.parametrize("dim", [2, 32, 64, 80, 256, *(pytest.param(dim, marks=SLOW) for dim in (6, 40, 48, 72, 128))])
 @pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])
 @pytest.mark.parametrize("norm", [None, "layer"])
 def test_head_dims(backend, device, dim, interleaved, norm):
@@ -69,7 +71,7 @@ def test_head_dims(backend, device, dim, interleaved, norm):
     _check(arguments, **_tables(4, dim, device), interleaved=interleaved, norm=norm)
 
 
-@pytest.mark.parametrize("dim", [1, 2, 3, 33, 80, 255, 256])
+@pytest.mark.parametrize("dim", [1, 3, 80, 255, *(pytest.param(dim, marks=SLOW) for dim in (2, 33, 256))])
 @pytest.mark.parametrize("norm", ["layer", "rms"])
 def test_norms_alone(backend, device, dim, norm):
     """Odd head dims too, which only a rotation cannot have."""
@@ -93,7 +95,9 @@ def test_prefix_tokens_keep_their_bits(backend, device):
     assert not torch.equal(query[:, :, 3], arguments["query"][:, :, 3])
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(4, 1), (6, 2), (1, 3), (5, 5), (12, 12)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "key_heads"), [(4, 1), (1, 3), (5, 5), *(pytest.param(*pair, marks=SLOW) for pair in ((6, 2), (12, 12)))]
+)
 @pytest.mark.parametrize("norm", NORMS)
 def test_grouped_queries(backend, device, heads, key_heads, norm):
     """Groups of heads that share a program and do not divide the heads, nor end with the queries."""
@@ -108,7 +112,7 @@ def test_table_shapes(backend, device, lead, norm):
 
 
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=SLOW), FLOAT16], ids=str)
 def test_tables_of_another_dtype(backend, device, dtype, table):
     _check(_arguments((2, 2, 5, 8), dtype, device, "rms"), **_tables(4, 8, device, table), norm="rms")
 
@@ -227,7 +231,7 @@ def test_many_programs_share_the_sums(triton_backend, device, norm, monkeypatch)
     _check(_arguments((2, 3, 9, 8), torch.float32, device, norm, key_heads=1), **_tables(8, 8, device, lead=(2,)), norm=norm)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", ["layer", pytest.param("rms", marks=SLOW), pytest.param(None, marks=SLOW)])
 def test_the_same_bits_twice(backend, device, norm):
     arguments = _arguments((2, 3, 40, 16), torch.bfloat16, device, norm)
     function = partial(functional.qk_norm_rope, **_tables(39, 16, device), norm=norm)
@@ -279,7 +283,7 @@ def test_gradcheck(interleaved, norm):
     assert torch.autograd.gradcheck(lambda *values: function(**dict(zip(names, values, strict=True))), leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_autocast_keeps_the_dtype(backend, device, dtype, norm):
     arguments = _arguments((2, 2, 5, 16), dtype, device, norm, parameter_dtype=torch.float32)
