@@ -1,12 +1,9 @@
-"""Norm of queries and keys, then rotary positions, forward and backward (Dehghani et al. 2023; Su et al. 2021).
+"""Norm of queries and keys, then rotary positions (Dehghani et al. 2023; Su et al. 2021).
 
     x̂ = (x − mean) · rstd, rstd = 1/sqrt(var + eps)          norm "layer", over the head dim
     x̂ = x · rstd, rstd = 1/sqrt(mean(x²) + eps)              norm "rms"
     y = x̂ · weight + bias
     (a, b) → (a·cos_a − b·sin_a, b·cos_b + a·sin_b)           every pair (a, b) of y, but for the first tokens' − tables' rows
-    dy: (a, b) → (a·cos_a + b·sin_b, b·cos_b − a·sin_a)       the rotation transposed
-    dx = rstd · (g − mean(g) − x̂ · mean(g · x̂)),  g = dy · weight        (no mean(g) under "rms")
-    dweight = Σ dy · x̂,  dbias = Σ dy
 
 Shapes: query [B, H, N, D], key [B, Hk, N, D], last stride 1; cos, sin [1 or B, T, D], T ≤ N, last stride 1; weights and
 biases [D]; results laid out [B, N, H, D]. A pair is (i, i + D/2), or (2i, 2i+1) interleaved. A row is held as two tiles, the
@@ -14,8 +11,7 @@ first and the second members of its pairs, so that a rotation needs no exchange 
 ``_store_pair`` know which columns these are. Everything is float32 between one read and one write; a program keeps its
 tokens' cos and sin in registers for GROUP heads. Queries and keys share a launch.
 
-Backward keeps the inputs (without a norm nothing but the tables) and recomputes the statistics. Weight gradients leave as
-partial sums [programs, D] in float32, added up by ``reduce``: no atomics, the same bits every time.
+Backward is ``rotary_backward``, and without a norm this kernel with the rotation transposed.
 Reference: ``fastvit.reference.qk_norm_rope``. Limits: D ≤ 256, even where it is rotated.
 """
 
@@ -110,19 +106,15 @@ def _forward_head(
     weight_ptr,  # [D] or None
     bias_ptr,  # [D] or None
     out_ptr,  # [N, D]: its place in the result
-    token,
-    tokens,
     stride_x_row,
     stride_out_row,
-    cos_a,
-    cos_b,
-    sin_a,
-    sin_b,
+    token,
+    tokens,
+    angles,  # cos_a, cos_b, sin_a, sin_b; or None
     eps,
+    NORM: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    ROTATE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
     valid = token < tokens
@@ -135,7 +127,8 @@ def _forward_head(
         if bias_ptr is not None:
             bias_a, bias_b = _load_parameter(bias_ptr, DIM, BLOCK, INTERLEAVED)
             a, b = a + bias_a, b + bias_b
-    if ROTATE:
+    if angles is not None:
+        cos_a, cos_b, sin_a, sin_b = angles
         a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
     _store_pair(out_ptr, a, b, token, valid, stride_out_row, DIM, BLOCK, INTERLEAVED)
 
@@ -181,289 +174,25 @@ def _qk_norm_rope(
     group, place = program % groups, program // groups
     batch = (place // blocks).to(tl.int64)
     token = (place % blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    ROTATE: tl.constexpr = cos_ptr is not None
-    cos_a, cos_b, sin_a, sin_b = 1.0, 1.0, 0.0, 0.0
-    if ROTATE:
-        cos_a, cos_b, sin_a, sin_b = _load_tables(
-            cos_ptr,
-            sin_ptr,
-            batch,
-            token,
-            tokens,
-            prefix,
-            stride_cos_batch,
-            stride_cos_row,
-            stride_sin_batch,
-            stride_sin_row,
-            DIM,
-            BLOCK,
-            INTERLEAVED,
-        )
-    if TRANSPOSED:
-        sin_a, sin_b = -sin_b, -sin_a
+    angles = None
+    if cos_ptr is not None:
+        strides = (stride_cos_batch, stride_cos_row, stride_sin_batch, stride_sin_row)
+        tables = (cos_ptr, sin_ptr, batch, token, tokens, prefix)
+        cos_a, cos_b, sin_a, sin_b = _load_tables(*tables, *strides, DIM, BLOCK, INTERLEAVED)
+        angles = (cos_a, cos_b, -sin_b, -sin_a) if TRANSPOSED else (cos_a, cos_b, sin_a, sin_b)
     for number in range(group * GROUP, tl.minimum((group + 1) * GROUP, heads + key_heads)):
         if number < heads:
             head = tl.cast(number, tl.int64)
-            _forward_head(
-                query_ptr + batch * stride_query_batch + head * stride_query_head,
-                query_weight_ptr,
-                query_bias_ptr,
-                query_out_ptr + (batch * tokens * heads + head) * DIM,
-                token,
-                tokens,
-                stride_query_row,
-                heads * DIM,
-                cos_a,
-                cos_b,
-                sin_a,
-                sin_b,
-                eps,
-                DIM,
-                BLOCK,
-                NORM,
-                ROTATE,
-                INTERLEAVED,
-            )
+            query_head = query_ptr + batch * stride_query_batch + head * stride_query_head
+            query_out_head = query_out_ptr + (batch * tokens * heads + head) * DIM
+            query = (query_head, query_weight_ptr, query_bias_ptr, query_out_head, stride_query_row, heads * DIM)
+            _forward_head(*query, token, tokens, angles, eps, NORM, DIM, BLOCK, INTERLEAVED)
         else:
             head = tl.cast(number - heads, tl.int64)
-            _forward_head(
-                key_ptr + batch * stride_key_batch + head * stride_key_head,
-                key_weight_ptr,
-                key_bias_ptr,
-                key_out_ptr + (batch * tokens * key_heads + head) * DIM,
-                token,
-                tokens,
-                stride_key_row,
-                key_heads * DIM,
-                cos_a,
-                cos_b,
-                sin_a,
-                sin_b,
-                eps,
-                DIM,
-                BLOCK,
-                NORM,
-                ROTATE,
-                INTERLEAVED,
-            )
-
-
-@triton.jit
-def _backward_tiles(
-    dy_ptr,  # [B, heads, N, D]
-    x_ptr,  # [B, heads, N, D]
-    cos_ptr,
-    sin_ptr,
-    weight_ptr,  # [D] or None
-    dx_ptr,  # [B, N, heads, D]
-    dweight_ptr,  # [programs, D] or None
-    dbias_ptr,  # [programs, D] or None
-    program,
-    tiles_per_program,
-    batches,
-    heads,
-    tokens,
-    prefix,
-    stride_dy_batch,
-    stride_dy_head,
-    stride_dy_row,
-    stride_x_batch,
-    stride_x_head,
-    stride_x_row,
-    stride_cos_batch,
-    stride_cos_row,
-    stride_sin_batch,
-    stride_sin_row,
-    eps,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """One program's tiles (block of tokens × group of heads) of the queries, or of the keys."""
-    groups = tl.cdiv(heads, GROUP)
-    blocks = tl.cdiv(tokens, BLOCK_ROWS)
-    first = program * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, batches * blocks * groups)
-    dweight_a = tl.zeros([BLOCK_ROWS, BLOCK], dtype=tl.float32)
-    dweight_b = tl.zeros([BLOCK_ROWS, BLOCK], dtype=tl.float32)
-    dbias_a = tl.zeros([BLOCK_ROWS, BLOCK], dtype=tl.float32)
-    dbias_b = tl.zeros([BLOCK_ROWS, BLOCK], dtype=tl.float32)
-    for tile in range(first, last):
-        group, place = tile % groups, tile // groups
-        batch = tl.cast(place // blocks, tl.int64)
-        token = tl.cast(place % blocks, tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        valid = token < tokens
-        cos_a, cos_b, sin_a, sin_b = 1.0, 1.0, 0.0, 0.0
-        if cos_ptr is not None:
-            cos_a, cos_b, sin_a, sin_b = _load_tables(
-                cos_ptr,
-                sin_ptr,
-                batch,
-                token,
-                tokens,
-                prefix,
-                stride_cos_batch,
-                stride_cos_row,
-                stride_sin_batch,
-                stride_sin_row,
-                DIM,
-                BLOCK,
-                INTERLEAVED,
-            )
-        for number in range(group * GROUP, tl.minimum((group + 1) * GROUP, heads)):
-            head = tl.cast(number, tl.int64)
-            dy_head_ptr = dy_ptr + batch * stride_dy_batch + head * stride_dy_head
-            x_head_ptr = x_ptr + batch * stride_x_batch + head * stride_x_head
-            dx_head_ptr = dx_ptr + (batch * tokens * heads + head) * DIM
-            a, b = _load_pair(dy_head_ptr, token, valid, stride_dy_row, 0.0, DIM, BLOCK, INTERLEAVED)
-            if cos_ptr is not None:
-                a, b = a * cos_a + b * sin_b, b * cos_b - a * sin_a
-            x_a, x_b = _load_pair(x_head_ptr, token, valid, stride_x_row, 0.0, DIM, BLOCK, INTERLEAVED)
-            x_a, x_b, rstd = _normalize(x_a, x_b, valid, eps, DIM, BLOCK, NORM)
-            if dweight_ptr is not None:
-                dweight_a += a * x_a
-                dweight_b += b * x_b
-            if dbias_ptr is not None:
-                dbias_a += a
-                dbias_b += b
-            if weight_ptr is not None:
-                weight_a, weight_b = _load_parameter(weight_ptr, DIM, BLOCK, INTERLEAVED)
-                a, b = a * weight_a, b * weight_b
-            projection = (tl.sum(a * x_a + b * x_b, axis=1) / DIM)[:, None]
-            dx_a, dx_b = a - x_a * projection, b - x_b * projection
-            if NORM == "layer":
-                mean = (tl.sum(a + b, axis=1) / DIM)[:, None]
-                dx_a, dx_b = dx_a - mean, dx_b - mean
-            _store_pair(dx_head_ptr, dx_a * rstd, dx_b * rstd, token, valid, heads * DIM, DIM, BLOCK, INTERLEAVED)
-    row = program + tl.arange(0, 1).to(tl.int64)
-    if dweight_ptr is not None:
-        total_a, total_b = tl.sum(dweight_a, axis=0)[None, :], tl.sum(dweight_b, axis=0)[None, :]
-        _store_pair(dweight_ptr, total_a, total_b, row, row >= 0, DIM, DIM, BLOCK, INTERLEAVED)
-    if dbias_ptr is not None:
-        total_a, total_b = tl.sum(dbias_a, axis=0)[None, :], tl.sum(dbias_b, axis=0)[None, :]
-        _store_pair(dbias_ptr, total_a, total_b, row, row >= 0, DIM, DIM, BLOCK, INTERLEAVED)
-
-
-@triton.jit
-def _qk_norm_rope_backward(
-    dquery_out_ptr,  # [B, H, N, D]: the upstream gradients
-    dkey_out_ptr,  # [B, Hk, N, D]
-    query_ptr,  # [B, H, N, D]
-    key_ptr,  # [B, Hk, N, D]
-    cos_ptr,  # [1 or B, T, D] or None
-    sin_ptr,  # [1 or B, T, D] or None
-    query_weight_ptr,  # [D] or None
-    key_weight_ptr,  # [D] or None
-    dquery_ptr,  # [B, N, H, D]
-    dkey_ptr,  # [B, N, Hk, D]
-    dquery_weight_ptr,  # [query programs, D] or None
-    dquery_bias_ptr,  # [query programs, D] or None
-    dkey_weight_ptr,  # [key programs, D] or None
-    dkey_bias_ptr,  # [key programs, D] or None
-    batches,
-    heads,
-    key_heads,
-    tokens,
-    prefix,
-    query_programs,
-    query_tiles_per_program,
-    key_tiles_per_program,
-    stride_dquery_out_batch,
-    stride_dquery_out_head,
-    stride_dquery_out_row,
-    stride_dkey_out_batch,
-    stride_dkey_out_head,
-    stride_dkey_out_row,
-    stride_query_batch,
-    stride_query_head,
-    stride_query_row,
-    stride_key_batch,
-    stride_key_head,
-    stride_key_row,
-    stride_cos_batch,
-    stride_cos_row,
-    stride_sin_batch,
-    stride_sin_row,
-    eps,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORM: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    program = tl.program_id(0)
-    if program < query_programs:
-        _backward_tiles(
-            dquery_out_ptr,
-            query_ptr,
-            cos_ptr,
-            sin_ptr,
-            query_weight_ptr,
-            dquery_ptr,
-            dquery_weight_ptr,
-            dquery_bias_ptr,
-            program,
-            query_tiles_per_program,
-            batches,
-            heads,
-            tokens,
-            prefix,
-            stride_dquery_out_batch,
-            stride_dquery_out_head,
-            stride_dquery_out_row,
-            stride_query_batch,
-            stride_query_head,
-            stride_query_row,
-            stride_cos_batch,
-            stride_cos_row,
-            stride_sin_batch,
-            stride_sin_row,
-            eps,
-            DIM,
-            BLOCK,
-            NORM,
-            INTERLEAVED,
-            BLOCK_ROWS,
-            GROUP,
-        )
-    else:
-        _backward_tiles(
-            dkey_out_ptr,
-            key_ptr,
-            cos_ptr,
-            sin_ptr,
-            key_weight_ptr,
-            dkey_ptr,
-            dkey_weight_ptr,
-            dkey_bias_ptr,
-            program - query_programs,
-            key_tiles_per_program,
-            batches,
-            key_heads,
-            tokens,
-            prefix,
-            stride_dkey_out_batch,
-            stride_dkey_out_head,
-            stride_dkey_out_row,
-            stride_key_batch,
-            stride_key_head,
-            stride_key_row,
-            stride_cos_batch,
-            stride_cos_row,
-            stride_sin_batch,
-            stride_sin_row,
-            eps,
-            DIM,
-            BLOCK,
-            NORM,
-            INTERLEAVED,
-            BLOCK_ROWS,
-            GROUP,
-        )
+            key_head = key_ptr + batch * stride_key_batch + head * stride_key_head
+            key_out_head = key_out_ptr + (batch * tokens * key_heads + head) * DIM
+            key = (key_head, key_weight_ptr, key_bias_ptr, key_out_head, stride_key_row, key_heads * DIM)
+            _forward_head(*key, token, tokens, angles, eps, NORM, DIM, BLOCK, INTERLEAVED)
 
 
 def _strides(tensor: torch.Tensor | None, name: str) -> dict[str, int]:
@@ -503,22 +232,15 @@ def launch_qk_norm_rope(
     batch, heads, tokens, dim = query.shape
     row = config("qk_norm_rope", target_of(query), dim=dim, element_size=query.element_size())
     groups = triton.cdiv(heads + key.shape[1], row["GROUP"])
+    tensors = dict(query=query, key=key, cos=cos, sin=sin, query_out=query_out, key_out=key_out)
+    tensors |= dict(query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias)
     launch(
         "qk_norm_rope",
         _qk_norm_rope,
         (batch * triton.cdiv(tokens, row["BLOCK_ROWS"]) * groups,),
         query,
         row,
-        query_ptr=query,
-        key_ptr=key,
-        cos_ptr=cos,
-        sin_ptr=sin,
-        query_weight_ptr=query_weight,
-        query_bias_ptr=query_bias,
-        key_weight_ptr=key_weight,
-        key_bias_ptr=key_bias,
-        query_out_ptr=query_out,
-        key_out_ptr=key_out,
+        **{f"{name}_ptr": tensor for name, tensor in tensors.items()},
         **_shapes(query, key, cos),
         **_strides(query, "query"),
         **_strides(key, "key"),
@@ -528,74 +250,4 @@ def launch_qk_norm_rope(
         NORM=norm or "none",
         INTERLEAVED=interleaved,
         TRANSPOSED=transposed,
-    )
-
-
-def backward_programs(x: torch.Tensor) -> int:
-    """How many programs share x [B, H, N, D] in the backward pass, each leaving a partial sum of the weight gradients."""
-    batch, heads, tokens, dim = x.shape
-    row = config("qk_norm_rope_backward", target_of(x), dim=dim)
-    return min(batch * triton.cdiv(tokens, row["BLOCK_ROWS"]) * triton.cdiv(heads, row["GROUP"]), row["PROGRAMS"])
-
-
-@planned
-def launch_qk_norm_rope_backward(
-    dquery_out: torch.Tensor,
-    dkey_out: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    interleaved: bool,
-    norm: str,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    eps: float,
-    dquery: torch.Tensor,
-    dkey: torch.Tensor,
-    dquery_weight: torch.Tensor | None,
-    dquery_bias: torch.Tensor | None,
-    dkey_weight: torch.Tensor | None,
-    dkey_bias: torch.Tensor | None,
-) -> None:
-    """Fills dquery [B, N, H, D] and dkey [B, N, Hk, D], contiguous, and the partial sums [``backward_programs``, D] float32."""
-    batch, heads, tokens, dim = query.shape
-    row = config("qk_norm_rope_backward", target_of(query), dim=dim)
-    blocks = batch * triton.cdiv(tokens, row["BLOCK_ROWS"])
-    query_programs, key_programs = backward_programs(query), backward_programs(key)
-    query_tiles, key_tiles = (blocks * triton.cdiv(count, row["GROUP"]) for count in (heads, key.shape[1]))
-    launch(
-        "qk_norm_rope_backward",
-        _qk_norm_rope_backward,
-        (query_programs + key_programs,),
-        query,
-        row,
-        dquery_out_ptr=dquery_out,
-        dkey_out_ptr=dkey_out,
-        query_ptr=query,
-        key_ptr=key,
-        cos_ptr=cos,
-        sin_ptr=sin,
-        query_weight_ptr=query_weight,
-        key_weight_ptr=key_weight,
-        dquery_ptr=dquery,
-        dkey_ptr=dkey,
-        dquery_weight_ptr=dquery_weight,
-        dquery_bias_ptr=dquery_bias,
-        dkey_weight_ptr=dkey_weight,
-        dkey_bias_ptr=dkey_bias,
-        batches=batch,
-        **_shapes(query, key, cos),
-        query_programs=query_programs,
-        query_tiles_per_program=triton.cdiv(query_tiles, max(query_programs, 1)),
-        key_tiles_per_program=triton.cdiv(key_tiles, max(key_programs, 1)),
-        **_strides(dquery_out, "dquery_out"),
-        **_strides(dkey_out, "dkey_out"),
-        **_strides(query, "query"),
-        **_strides(key, "key"),
-        **_strides(cos, "cos"),
-        **_strides(sin, "sin"),
-        eps=eps,
-        NORM=norm,
-        INTERLEAVED=interleaved,
     )

@@ -224,7 +224,7 @@ def test_empty_batches(backend, device, norm):
 @pytest.mark.parametrize("norm", NORMS)
 def test_many_programs_share_the_sums(triton_backend, device, norm, monkeypatch):
     """More tiles than programs: each adds up several, the last of them fewer."""
-    from fastvit.kernels import rotary as kernel
+    from fastvit.kernels import rotary_backward as kernel
 
     few = kernel.config
     monkeypatch.setattr(kernel, "config", lambda *a, **s: few(*a, **s) | {"PROGRAMS": 2, "BLOCK_ROWS": 4, "GROUP": 2})

@@ -75,13 +75,14 @@ def qk_norm_rope_backward(
     tensors = [with_unit_stride(t) for t in (grad_query, grad_key, query, key)]
     tables = _unit_stride(cos), _unit_stride(sin)
     params = (query_weight, query_bias, key_weight, key_bias)
-    programs = [kernels.rotary.backward_programs(x) for x in (query, query, key, key)]
+    programs = [kernels.rotary_backward.backward_programs(x) for x in (query, query, key, key)]
     partials = [
         None if p is None else query.new_empty(count, query.shape[3], dtype=torch.float32)
         for p, count in zip(params, programs, strict=True)
     ]
     weights = contiguous(query_weight), contiguous(key_weight)
-    kernels.rotary.launch_qk_norm_rope_backward(*tensors, *tables, interleaved, norm, *weights, eps, dquery, dkey, *partials)
+    launch = kernels.rotary_backward.launch_qk_norm_rope_backward
+    launch(*tensors, *tables, interleaved, norm, *weights, eps, dquery, dkey, *partials)
     sums = (_sum_partials(partial, p) for partial, p in zip(partials, params, strict=True))
     return dquery, dkey, *sums
 
