@@ -52,7 +52,7 @@ gpu:  ## check and time the kernels on a GPU, then the tests (PART=smoke, PART=f
 	@if $(PYTHON) -c "$(SEES_A_GPU)" 2>/dev/null; then python="$(PYTHON)"; \
 	elif [ -x $(BIN)/python ]; then python=$(BIN)/python; \
 	else echo "make gpu: $(PYTHON) has no PyTorch that sees a GPU, and there is no $(VENV); nothing was run" >&2; exit 2; fi; \
-	PYTHONPATH=. "$$python" -m benchmarks.gpu \
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" "$$python" -m benchmarks.gpu \
 	$(if $(filter file,$(origin OUT)),,--out $(OUT)) $(if $(PART),--part $(PART)) $(ARGS)
 
 clean:  ## remove what was built and written, and keep the environment

@@ -233,6 +233,7 @@ def test_a_broken_device_fails_the_run(tmp_path, monkeypatch):
     assert error.count("\n") == 1
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_a_changed_tree_is_another_commit(tmp_path, monkeypatch):
     """Rows are reused by commit, so what is not committed is part of its name."""
     monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
