@@ -31,6 +31,7 @@ from fastvit._torchvision import ensure_importable
 from . import accuracy, contest, exports, floors, measure, results
 from .settings import Settings, Task
 
+LEAST_ROUNDS = 3
 ALLOWED_ERROR = 1e-4  # relative, float32, between implementations; as fastvit.verify allows
 
 
@@ -179,7 +180,7 @@ def run(name: str, row: results.Row, settings: Settings) -> None:
                 reason = results.describe(error)
             if reason is not None:
                 row["unavailable"][kind] = reason
-        timings = measure.interleaved(calls, settings.budget_s(case.seconds))
+        timings = measure.interleaved(calls, settings.budget_s(case.seconds), least=1 if settings.quick else LEAST_ROUNDS)
         _fill(row, timings)
         start = time.perf_counter()
         row["peak_mb"] = peak_memory_of(name, "accelerated", file)
