@@ -1,5 +1,6 @@
 """What the launches of the attention kernels have in common: arguments from tensors, and the row of the tuning table."""
 
+import math
 from typing import Any
 
 import torch
@@ -75,7 +76,9 @@ def forward_arguments(
 ) -> dict:
     """The arguments of a forward ``kernel`` among these, masks told apart by whether queries differ in them."""
     rows = mask is not None and mask.shape[2] > 1 and mask.stride(2) != 0
-    arguments = common_arguments(q, k, v, mask, rel_h, scale) | {"MASK_ROWS": rows, "NEGATIVE_SCALE": scale < 0}
+    least = math.gcd(*(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]), 16)
+    arguments = common_arguments(q, k, v, mask, rel_h, scale)
+    arguments |= {"MASK_ROWS": rows, "NEGATIVE_SCALE": scale < 0, "EIGHTS": least == 8}
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 INTERPRETED_TARGET = "interpreter"
+OPTIONS = ("num_warps", "num_stages") if torch.version.hip else ("num_warps", "num_stages", "maxnreg")
 
 
 @dataclass
@@ -78,12 +79,12 @@ def target_of_device(index: int) -> str:
 def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, row: dict[str, Any], **arguments: Any) -> None:
     """Launches ``kernel`` on ``tensor``'s device with the launch options and tile sizes of the tuning-table row ``row``.
 
-    ``row``: every key in capitals is a constexpr of the kernel where the kernel has it; ``num_warps`` and ``num_stages``
-    are launch options. An empty grid launches nothing.
+    ``row``: every key in capitals is a constexpr of the kernel where the kernel has it; ``num_warps``, ``num_stages`` and, on
+    NVIDIA's GPUs, ``maxnreg`` (registers a thread at most) are launch options. An empty grid launches nothing.
     """
     if 0 in grid:
         return
-    options: dict[str, Any] = {name: row[name] for name in ("num_warps", "num_stages") if name in row}
+    options: dict[str, Any] = {name: row[name] for name in OPTIONS if name in row}
     names = kernel.arg_names
     arguments |= {name: value for name, value in row.items() if name in names and name not in arguments}
     if _recorder is not None:

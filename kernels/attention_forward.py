@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import load_mask, load_tile, softmax_step, store_tile
+from ._attention import eights, load_mask, load_tile, softmax_step, store_tile
 from ._attention_arguments import forward_arguments, row_for
 from ._launch import launch
 from ._plans import planned
@@ -128,6 +128,7 @@ def _attention_forward(
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,
+    EIGHTS: tl.constexpr,  # the strides of q, k and v are multiples of 8, not all of 16
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -144,6 +145,10 @@ def _attention_forward(
     first = (tl.program_id(0) % tiles) * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
+    if EIGHTS:
+        stride_q_batch, stride_q_head, stride_q_row = eights(stride_q_batch), eights(stride_q_head), eights(stride_q_row)
+        stride_k_batch, stride_k_head, stride_k_row = eights(stride_k_batch), eights(stride_k_head), eights(stride_k_row)
+        stride_v_batch, stride_v_head, stride_v_row = eights(stride_v_batch), eights(stride_v_head), eights(stride_v_row)
     row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + (head // groups) * stride_k_head

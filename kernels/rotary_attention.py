@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import MIN_DOT, load_tile, split_head_dim, store_tile
+from ._attention import MIN_DOT, load_tile, softmax_step, split_head_dim, store_tile
 from ._launch import input_precision, launch, target_of
 from ._plans import planned
 from ._tuning import config
@@ -91,30 +91,29 @@ def _attend(
     column,  # [BLOCK_N] key indices
     tokens,
     stride_v_row,
-    scale,
+    factor,  # |scale| in log2 units
     BOUNDED: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     VALUE_MAIN: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys: the update of (acc, acc_tail, peak, total)."""
     products = tl.dot(q_a, tl.trans(k_a), input_precision=INPUT_PRECISION)
     products = tl.dot(q_b, tl.trans(k_b), products, input_precision=INPUT_PRECISION)
-    scores = products * (scale * 1.4426950408889634)
+    if NEGATIVE_SCALE:
+        products = -products
     if BOUNDED:
-        scores = tl.where((column < tokens)[None, :], scores, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(scores, axis=1))
-    weights = tl.exp2(scores - new_peak[:, None])
-    shrink = tl.exp2(peak - new_peak)
-    total = total * shrink + tl.sum(weights, axis=1)
+        products = tl.where((column < tokens)[None, :], products, float("-inf"))
+    weights, shrink, peak, total = softmax_step(products, factor, None, peak, total, "none")
     v = load_tile(v_ptr, column, tokens, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
     rounded = weights.to(v.dtype)
     acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
     if VALUE_TAIL > 0:
         v_tail = load_tile(v_ptr, column, tokens, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
         acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
-    return acc, acc_tail, new_peak, total
+    return acc, acc_tail, peak, total
 
 
 @triton.jit
@@ -160,6 +159,7 @@ def _rotary_attention(
     VALUE_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    NEGATIVE_SCALE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(tokens, BLOCK_M)
@@ -197,10 +197,12 @@ def _rotary_attention(
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
 
-    # The body needs no bounds on its scores; the tail carries the last keys.
-    body_end = (tokens // BLOCK_N) * BLOCK_N
+    # The last keys first, then a body that needs no bounds on its scores; why that is told: ``attention_forward``.
+    factor = tl.maximum(tl.abs(scale), 1e-37) * 1.4426950408889634
+    body_end = ((tokens - 1) // BLOCK_N) * BLOCK_N
+    tl.assume(body_end < tokens)
     for part in tl.static_range(2):
-        for start in range(0 if part == 0 else body_end, body_end if part == 0 else tokens, BLOCK_N):
+        for start in range(0 if part else body_end, body_end if part else tokens, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N).to(tl.int64)
             k_a, k_b = _load_prepared(
                 k_ptr,
@@ -236,11 +238,12 @@ def _rotary_attention(
                 column,
                 tokens,
                 stride_v_row,
-                scale,
-                part == 1,
+                factor,
+                part == 0,
                 VALUE_DIM,
                 VALUE_MAIN,
                 VALUE_TAIL,
+                NEGATIVE_SCALE,
                 INPUT_PRECISION,
             )
 
@@ -310,6 +313,7 @@ def launch_rotary_attention(
         **_strides(sin, "sin"),
         **_strides(out, "out"),
         scale=scale,
+        NEGATIVE_SCALE=scale < 0,
         eps=eps,
         NORM=norm or "none",
         INTERLEAVED=interleaved and cos is not None,
