@@ -174,7 +174,7 @@ def _layer_norm_backward(
         rstd = tl.load(rstd_ptr + row, mask=valid, other=0.0)[:, None]
         x = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + row[:, None] * stride_dy_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        normalized = tl.where(mask, (x - mean) * rstd, 0.0)
+        normalized = (x - mean) * rstd  # where the mask is not, whatever it is, dy is 0
         if dweight_ptr is not None:
             dweight += dy * normalized
         if dbias_ptr is not None:
@@ -190,7 +190,7 @@ def _layer_norm_backward(
         tl.store(dx_ptr + row[:, None] * channels + column[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if dscale_ptr is not None:
             branch = tl.load(branch_ptr + row[:, None] * stride_branch_row + column[None, :], mask=mask, other=0.0)
-            dscale += tl.where(mask, dx, 0.0) * branch.to(tl.float32)
+            dscale += dx * branch.to(tl.float32)
         if dbranch_ptr is not None:
             if scale_ptr is not None:
                 dx *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -134,24 +134,19 @@ def _linear(
     k = tl.arange(0, BLOCK_K).to(tl.int64)
     a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :] * stride_a_k
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
-    step_a = tl.full([], BLOCK_K, tl.int64) * stride_a_k
-    step_b = tl.full([], BLOCK_K, tl.int64) * stride_b_k
     first_k = 0
     last_k = K
     if SPLIT:
         split = tl.program_id(1)
         first_k = split * depth
         last_k = tl.minimum(first_k + depth, K)
-        a_ptrs += first_k.to(tl.int64) * stride_a_k
-        b_ptrs += first_k.to(tl.int64) * stride_b_k
         out_ptr += split.to(tl.int64) * M * N
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for start in range(first_k, last_k, BLOCK_K):
-        a = load_operand(a_ptrs, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)
-        b = load_operand(b_ptrs, (n < N)[None, :], (k < K - start)[:, None], B_TRANSPOSED, EVEN_K)
+        offset = tl.cast(start, tl.int64)
+        a = load_operand(a_ptrs + offset * stride_a_k, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)
+        b = load_operand(b_ptrs + offset * stride_b_k, (n < N)[None, :], (k < K - start)[:, None], B_TRANSPOSED, EVEN_K)
         acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
-        a_ptrs += step_a
-        b_ptrs += step_b
 
     # fmt: off
     finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
