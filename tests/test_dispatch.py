@@ -1,6 +1,6 @@
-"""On ``auto``, which way serves a call: rules, promises that go before them, what is said of it; the interpreter is the GPU here.
+"""On ``auto``, which way serves a call: rules, promises that go before them, what is said of it.
 
-``functional.resolve`` is told that Triton serves the CPU; rules are those of a user's table for the interpreter, or committed.
+Without a GPU ``functional.resolve`` is told that Triton serves the CPU. Rules are those of a user's table, or committed.
 """
 
 import json
@@ -8,15 +8,14 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels import _tuning
+from fastvit.kernels import _launch, _tuning
 
 import fastvit
 from fastvit import acceleration, functional
-from fastvit.ops import dispatch
-from tests.conftest import in_the_interpreter
+from fastvit.ops import _instant, dispatch
+from tests.conftest import ON_GPU
 
-pytestmark = in_the_interpreter
-
+DEVICE = "cuda" if ON_GPU else "cpu"
 SDPA = {"when": {"queries": [5, None]}, "serve": "sdpa", "why": "long", "basis": "measured"}
 KERNEL = {"when": {}, "serve": "kernel", "why": "short", "basis": "measured"}
 
@@ -25,18 +24,21 @@ def _forget():
     for remembered in (_tuning.committed, _tuning.table, _tuning.config):
         remembered.cache_clear()
     dispatch.forget()
+    _instant._recipes.clear()
 
 
 @pytest.fixture
 def rules(monkeypatch, tmp_path):
-    """``rules(op, *rows)``: the user's rules; the interpreter is served by Triton on ``auto``."""
+    """``rules(op, *rows)`` writes the user's rules to ``.path``; Triton serves the device on ``auto``."""
+    target = _launch.target_of(torch.empty(0, device=DEVICE))
 
     def write(op, *rows):
-        table = {"target": "interpreter", "provenance": "a test", "ops": {}, "dispatch": {op: list(rows)}}
-        (tmp_path / "interpreter.json").write_text(json.dumps(table))
+        table = {"target": target, "provenance": "a test", "ops": {}, "dispatch": {op: list(rows)}}
+        write.path.write_text(json.dumps(table))
         monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
         _forget()
 
+    write.path = tmp_path / f"{target}.json"
     monkeypatch.setattr(functional, "resolve", lambda tensor: "triton" if fastvit.get_backend() != "torch" else "torch")
     with fastvit.use_backend("auto"):
         yield write
@@ -52,8 +54,12 @@ def sdpa_calls(monkeypatch):
     return calls
 
 
+def _randn(*shape, **options):
+    return torch.randn(*shape, device=DEVICE, **options)
+
+
 def _qkv(queries=6, dim=16, heads=2, **options):
-    return [torch.randn(1, heads, queries, dim, **options) for _ in range(3)]
+    return [_randn(1, heads, queries, dim, **options) for _ in range(3)]
 
 
 # --- conditions -----------------------------------------------------------------------------------------------------------
@@ -129,11 +135,11 @@ def test_products_with_nothing_to_fuse_and_in_float32_are_the_vendors():
         ({"when": {}, "serve": "sdpa", "basis": "measured"}, "no operator or entry 'why'"),
     ],
 )
-def test_rules_that_are_none_are_refused_by_name(rules, tmp_path, rule, message):
+def test_rules_that_are_none_are_refused_by_name(rules, rule, message):
     rules("attention", rule)
     with pytest.raises(ValueError, match=message) as caught:
         functional.attention(*_qkv())
-    assert str(tmp_path / "interpreter.json") in str(caught.value)
+    assert str(rules.path) in str(caught.value)
 
 
 # --- attention ------------------------------------------------------------------------------------------------------------
@@ -151,7 +157,7 @@ def test_attention_goes_where_the_rule_says(rules, sdpa_calls):
 def test_gradients_are_sdpas_own(rules, sdpa_calls):
     rules("attention", SDPA, KERNEL)
     tensors = _qkv(requires_grad=True)
-    upstream = torch.randn(1, 2, 6, 16)
+    upstream = _randn(1, 2, 6, 16)
     grads = torch.autograd.grad(functional.attention(*tensors, is_causal=True), tensors, upstream)
     assert len(sdpa_calls) == 1
     expected = torch.autograd.grad(fastvit.reference.attention(*tensors, is_causal=True), tensors, upstream)
@@ -188,16 +194,16 @@ def test_promises_go_before_rules(rules, sdpa_calls):
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
-        ("plain", {}),
-        ("causal", {"is_causal": True}),
-        ("masked", {"attn_mask": torch.ones(6, 6, dtype=torch.bool), "is_causal": True}),
-        ("positions", {"rel_h": torch.zeros(1, 2, 6, 2), "rel_w": torch.zeros(1, 2, 6, 3)}),
+        ("plain", dict),
+        ("causal", lambda: {"is_causal": True}),
+        ("masked", lambda: {"attn_mask": torch.ones(6, 6, dtype=torch.bool, device=DEVICE), "is_causal": True}),
+        ("positions", lambda: {"rel_h": torch.zeros(1, 2, 6, 2, device=DEVICE), "rel_w": torch.zeros(1, 2, 6, 3, device=DEVICE)}),
     ],
 )
 def test_kinds(rules, kind, call):
     rules("attention", KERNEL)
     with dispatch.collect() as found:
-        functional.attention(*_qkv(), **call)
+        functional.attention(*_qkv(), **call())
     assert found == {f"attention: {kind}, float32, inference, head_dim 16, queries 6, keys 6": "kernel: short (measured)"}
 
 
@@ -214,7 +220,7 @@ def test_empty_batches_and_masked_rows_keep_the_contract(rules, sdpa_calls):
     rules("attention", SDPA | {"when": {}})
     q, k, v = _qkv()
     assert functional.attention(q[:0], k[:0], v[:0]).shape == (0, 2, 6, 16)
-    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask = torch.ones(6, 6, dtype=torch.bool, device=DEVICE)
     mask[2] = False
     assert functional.attention(q, k, v, mask)[:, :, 2].eq(0).all()
     assert len(sdpa_calls) == 1
@@ -255,7 +261,7 @@ def test_an_exported_graph_goes_by_the_smallest_size(rules):
 
 def test_rotary_attention_comes_apart_where_sdpa_serves(rules, sdpa_calls):
     rules("rotary_attention", SDPA, KERNEL)
-    cos, sin = torch.rand(6, 16), torch.rand(6, 16)
+    cos, sin = torch.rand(6, 16, device=DEVICE), torch.rand(6, 16, device=DEVICE)
     q, k, v = _qkv()
     with dispatch.collect() as found:
         functional.rotary_attention(q, k, v, cos, sin)
@@ -271,7 +277,7 @@ LINEAR = {"why": "a test", "basis": "measured"}
 @pytest.mark.parametrize("way", ["kernel", "vendor", "vendor_fused"])
 def test_linears_by_every_way(rules, way, activation):
     rules("linear", {"when": {}, "serve": way} | LINEAR)
-    x, w, b = torch.randn(2, 3, 8), torch.randn(5, 8), torch.randn(5)
+    x, w, b = _randn(2, 3, 8), _randn(5, 8), _randn(5)
     exact = fastvit.reference.linear(x, w, b, activation=activation)
     with dispatch.collect() as found:
         torch.testing.assert_close(functional.linear(x, w, b, activation=activation), exact, atol=1e-4, rtol=1e-4)
@@ -284,7 +290,7 @@ def test_the_vendors_epilogue_serves_inference_alone(rules, monkeypatch):
     rules("linear", {"when": {}, "serve": "vendor_fused"} | LINEAR)
     calls, own = [], torch._addmm_activation
     monkeypatch.setattr(torch, "_addmm_activation", lambda *a, **k: calls.append(1) or own(*a, **k))
-    x, w, b = torch.randn(3, 8), torch.randn(5, 8, requires_grad=True), torch.randn(5)
+    x, w, b = _randn(3, 8), _randn(5, 8, requires_grad=True), _randn(5)
     functional.linear(x, w, b, activation="relu").sum().backward()
     assert w.grad is not None
     assert calls == []
@@ -305,20 +311,20 @@ def test_an_mlp_in_training_follows_its_first_linear(rules, monkeypatch):
     own = functional._linear_op.mlp
     monkeypatch.setattr(functional._linear_op, "mlp", lambda *a: fused.append(1) or own(*a))
     for hidden, served in ((8, 1), (16, 1)):
-        x, w1, w2 = torch.randn(3, 4, requires_grad=True), torch.randn(hidden, 4), torch.randn(4, hidden)
+        x, w1, w2 = _randn(3, 4, requires_grad=True), _randn(hidden, 4), _randn(4, hidden)
         functional.mlp(x, w1, None, w2, None).sum().backward()
         assert len(fused) == served
 
 
 def test_products_of_a_backward_pass_follow_their_rules(rules):
     rules("linear", {"when": {"outputs": 8}, "serve": "kernel"} | LINEAR, {"when": {}, "serve": "vendor"} | LINEAR)
-    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(24, 8, requires_grad=True)
+    x, w = _randn(16, 8, requires_grad=True), _randn(24, 8, requires_grad=True)
     with dispatch.collect() as found:
         functional.linear(x, w, None, activation="relu").sum().backward()
     assert len(found) >= 1
     with dispatch.collect() as found:
-        assert dispatch.product(torch.randn(3, 4), torch.randn(8, 4)) == "kernel"
-        assert dispatch.product(torch.randn(3, 4), torch.randn(9, 4)) == "vendor"
+        assert dispatch.product(_randn(3, 4), _randn(8, 4)) == "kernel"
+        assert dispatch.product(_randn(3, 4), _randn(9, 4)) == "vendor"
     assert len(found) == 2
 
 
@@ -327,7 +333,7 @@ def test_products_of_a_backward_pass_follow_their_rules(rules):
 
 def test_image_attention_is_noted(rules):
     with dispatch.collect() as found:
-        functional.image_attention(torch.randn(1, 2, 2, 96), num_heads=2)
+        functional.image_attention(_randn(1, 2, 2, 96), num_heads=2)
     ((what, way),) = found.items()
     assert what == "image_attention: global, tokens 4"
     assert way.startswith("kernel: no operator of a vendor's")
@@ -354,9 +360,9 @@ def test_the_report_says_what_served_a_model_and_why(rules, monkeypatch):
     monkeypatch.setattr(acceleration, "_kernels_serve", lambda model: True)
     rules("attention", SDPA, KERNEL)
     torch.manual_seed(0)
-    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, activation="gelu").eval()
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True, activation="gelu").eval().to(DEVICE)
     fastvit.accelerate(block)
-    x = torch.randn(1, 6, 16)
+    x = _randn(1, 6, 16)
     found = fastvit.report(block, x)
     assert found.served_by["attention: plain, float32, inference, head_dim 8, queries 6, keys 6"] == "sdpa: long (measured)"
     assert found.served_by["linear: gelu, float32, inference, rows 6, width 16, outputs 32"].startswith("vendor: exact float32")

@@ -469,7 +469,6 @@ def test_an_unknown_operator_is_one_error(monkeypatch, capsys):
     assert "dispatch attention" in error
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_is_one_line_and_exit_2(monkeypatch, capsys):
     from fastvit.cli import app
 
