@@ -178,7 +178,10 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     inputs, keywords = _pytree.tree_map_only(Tensor, Tensor.detach, (inputs, keywords))
     flops, total = count_flops(model, inputs, keywords, blocks, called, counting)
     flops = {name: 0 if name in own else flops.get(name, 0) for name in layouts}
-    served = served_by(model, inputs, keywords) if found.replaced and not found.planned and _kernels_serve(model) else {}
+    served: dict[str, str] = {}
+    if found.replaced and not found.planned and _kernels_serve(model):
+        with graphs.paused(model):  # what is replayed decides nothing
+            served = served_by(model, inputs, keywords)
     return replace(found, flops=flops, total_flops=total, served_by=served)
 
 

@@ -118,7 +118,8 @@ def _repeats(name):
     return lambda: repeated(operators()[name])
 
 
-SCENARIOS = {f"repeats {name}": _repeats(name) for name in operators() if name != "mlp"}
+INFERENCE = [name for name in operators() if name != "mlp" and "training" not in name]
+SCENARIOS = {f"repeats {name}": _repeats(name) for name in INFERENCE}
 
 
 def scenario(function):

@@ -370,3 +370,13 @@ def test_the_report_says_what_served_a_model_and_why(rules, monkeypatch):
     assert found.to_dict()["served_by"] == found.served_by
     assert "→ sdpa: long" in found.to_html()
     assert fastvit.report(block).served_by == {}
+
+
+def test_the_report_of_a_graphed_model_pauses_its_graphs(rules, monkeypatch):
+    paused, own = [], acceleration.graphs.paused
+    monkeypatch.setattr(acceleration.graphs, "paused", lambda model: paused.append("on") or own(model))
+    monkeypatch.setattr(acceleration, "_kernels_serve", lambda model: True)
+    monkeypatch.setattr(acceleration, "served_by", lambda *_: paused.append("asked") or {})
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True).eval().to(DEVICE)
+    fastvit.report(fastvit.accelerate(block), _randn(1, 6, 16))
+    assert paused == ["on", "on", "asked"]
