@@ -28,7 +28,13 @@ COMPILE_S = 120.0  # a candidate's kernels take a few seconds; one that takes lo
 FIRST = ("ViT-B/16 224", "ViT-L/16 224", "ViT-H/14 224", "SAM-B", "SAM-L", "SAM-H")
 CEILINGS = (790.0, 4300.0)  # TFLOP/s and GB/s, to tell which case takes longer
 TWIN = "launches the same as"
-ROUNDS = (1, 24, None)  # candidates of a place: what is committed everywhere, then what lies near, then the rest
+NEAR = 24  # candidates of a place that come before all the others
+# (what is led by, candidates of a place): first what leads, forward in the models that most is asked of, then everything.
+ROUNDS = ((True, 1), (True, NEAR), (False, 1), (False, NEAR), (False, None))
+
+
+def leads(subject: Subject) -> bool:
+    return subject.direction == "forward" and subject.case.name.startswith(FIRST)
 
 
 def subjects(pattern: str = "*") -> list[Subject]:
@@ -39,9 +45,13 @@ def subjects(pattern: str = "*") -> list[Subject]:
     matching = [subject for subject in found if fnmatch.fnmatch(subject.case.name, pattern)]
 
     def rank(subject: Subject) -> tuple:
-        name = subject.case.name
-        tier = 0 if name.startswith(FIRST) else 1 if name.startswith(("ViT", "SAM-")) else 2
-        return subject.direction != "forward", tier, -cases.floor_ms(subject.case, subject.direction, 2, *CEILINGS)
+        known = subject.case.name.startswith(("ViT", "SAM-"))
+        return (
+            subject.direction != "forward",
+            not leads(subject),
+            not known,
+            -cases.floor_ms(subject.case, subject.direction, 2, *CEILINGS),
+        )
 
     return sorted(matching, key=rank)
 
@@ -59,7 +69,8 @@ def names() -> list[str]:
 class Run:
     """Measures what the log does not hold, best first, until ``minutes`` are over.
 
-    Round by round: what is committed and the vendor's ways for every subject, then near candidates, then the rest.
+    Round by round: what is committed and the vendor's ways, then near candidates, first for the subjects that lead, then for
+    all; then the rest. A subject that cannot be set up here (too little memory, no such format) is said and left out.
     ``inspect_all`` gives ``inspect``'s answer for each of the configs, or None after the seconds that it is given.
     """
 
@@ -79,12 +90,24 @@ class Run:
         no chosen case has anything to do with the operators."""
         self.end = self.clock() + 60 * self.minutes
         self.known: dict[Subject, tuple[list, list]] = {}
-        for limit in ROUNDS:
+        left_out: set[Subject] = set()
+        for leading, limit in ROUNDS:
             begun: set[str] = set()
             for subject in self.chosen:
-                if self.clock() > self.end or not self._subject(subject, limit, begun):
-                    return False
-            if not begun:
+                if subject in left_out or (leading and not leads(subject)):
+                    continue
+                try:
+                    if self.clock() > self.end or not self._subject(subject, limit, begun):
+                        return False
+                except Broken:
+                    raise
+                except Exception as error:
+                    reason = results.describe(error)
+                    if results.is_sticky(reason):
+                        raise Broken(f"{subject.name}: {reason}") from error
+                    self.say(f"{subject.name}: left out: {reason}")
+                    left_out.add(subject)
+            if not (begun or leading or left_out):
                 raise ValueError(f"no chosen case asks for an operator {self.op}; give another --case or --op")
         return True
 

@@ -49,7 +49,7 @@ def test_integers_without_a_ladder_are_halved_and_doubled():
 def test_the_largest_attention_tile_is_a_candidate_everywhere(target):
     for row in _tuning.committed(target)["ops"]["attention_forward"]:
         wanted = row["config"] | {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-        assert wanted in candidates.grid(row["config"], "attention_forward")[: tune.ROUNDS[1]]
+        assert wanted in candidates.grid(row["config"], "attention_forward")[: tune.NEAR]
 
 
 def _entry(ms, **config):
@@ -201,7 +201,7 @@ def test_a_header_that_was_half_written_is_written_again(tmp_path):
 
 
 def test_the_float64_result_is_built_for_what_is_measured_alone(grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(tune, "ROUNDS", (None,))
+    monkeypatch.setattr(tune, "ROUNDS", ((False, None),))
     built, double = [], operators.double
     monkeypatch.setattr(operators, "double", lambda inputs: built.append(1) or double(inputs))
     log = tune.Log(tmp_path / "log.jsonl", ABOUT)
@@ -300,7 +300,7 @@ def test_the_best_cases_come_first():
     first = [s.name for s in tune.subjects()[:12]]
     assert "linear ViT-H/14 224 fc1 forward" in first
     assert "attention ViT-B/16 224 forward" in [s.name for s in tune.subjects()[:40]]
-    assert all(s.case.name.startswith(tune.FIRST) and s.direction == "forward" for s in tune.subjects()[:20])
+    assert all(map(tune.leads, tune.subjects()[:20]))
 
 
 def test_every_operator_of_the_tables_has_a_case():
@@ -450,10 +450,41 @@ def test_candidates_that_launch_the_same_are_measured_once(tmp_path, monkeypatch
         return iter([tune.NOT_INSPECTED | {"launches": "the same"} for _ in configs])
 
     log = tune.Log(tmp_path / "log.jsonl", ABOUT)
-    monkeypatch.setattr(tune, "ROUNDS", (1, 4))
+    monkeypatch.setattr(tune, "ROUNDS", ((False, 1), (False, 4)))
     tune.Run([SUBJECT], "interpreter", log, print, inspect_all, op="linear", device="cpu", make_bench=FakeBench)()
     assert [entry["ms"] is not None for entry in log.entries] == [True, False, False, False]
     assert tune.rejected(log) == []
+
+
+def test_what_leads_is_measured_near_and_far_before_the_rest_begins(tmp_path, monkeypatch):
+    other = tune.Subject(cases.ALL["linear"][6].small(), "forward")
+    assert not tune.leads(other)
+    monkeypatch.setattr(candidates, "grid", lambda config, op: [config | {"GROUP_M": group} for group in range(30)])
+    monkeypatch.setattr(tune.Run, "_add", lambda self, bench, op, shape, config, committed, found: log.add(
+        {"op": op, "shape": shape, "config": config, "ms": 1.0}))  # fmt: skip
+    log = tune.Log(tmp_path / "log.jsonl", ABOUT)
+    inspect_all = lambda subject, op, configs, seconds: iter([dict(tune.NOT_INSPECTED) for _ in configs])  # noqa: E731
+    monkeypatch.setattr(
+        tune, "asked", lambda subject, target, device: [("linear", {"element_size": 2, "rows": 5, "of": subject.name})]
+    )
+    monkeypatch.setattr(tune, "decisions", lambda *_: [])
+    tune.Run([other, SUBJECT], "interpreter", log, lambda line: None, inspect_all, device="cpu", make_bench=lambda s, d: s)()
+    order = [entry["shape"]["of"] for entry in log.entries]
+    near = tune.NEAR
+    assert order == [SUBJECT.name] * near + [other.name] * near + [other.name] * (30 - near) + [SUBJECT.name] * (30 - near)
+
+
+def test_what_cannot_be_set_up_is_said_and_left_out(grid, tmp_path, monkeypatch):
+    def make_bench(subject, device):
+        raise RuntimeError("CUDA out of memory" if said == [] else "never again")
+
+    log, said = tune.Log(tmp_path / "log.jsonl", ABOUT), []
+    run = tune.Run(
+        [SUBJECT], "interpreter", log, said.append, _inspect_all(grid, []), "linear", device="cpu", make_bench=make_bench
+    )
+    assert run()
+    assert said == [f"{SUBJECT.name}: left out: RuntimeError: CUDA out of memory"]
+    assert log.entries == []
 
 
 def test_an_unknown_operator_is_one_error(monkeypatch, capsys):
