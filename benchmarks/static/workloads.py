@@ -150,7 +150,7 @@ def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[i
 def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     """(description, operators run forward and backward); some come twice."""
     yield "attention bf16 D=64", partial(_attention, 64)
-    for dim, tokens in ((48, 175), (64, 175), (64, 197), (80, 175), (80, 197)):
+    for dim, tokens in ((48, 175), (64, 175), (64, 197), (64, 257), (80, 175), (80, 197), (80, 257)):
         yield f"attention bf16 D={dim}, {tokens} tokens", partial(_attention, dim, tokens=tokens, backward=False)
     for name, dtype in (("bf16", HALF), ("fp32", SINGLE)):
         yield f"attention {name} D=32, 7 queries of 4096 tokens", partial(_attention, 32, dtype, "plain", 4096, 7, False)
