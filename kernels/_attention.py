@@ -110,47 +110,6 @@ def masked_scores(
 
 
 @triton.jit
-def biased_scores(
-    products,  # q·k, any orientation
-    rel,  # rel_h + rel_w in the units of the scores, broadcastable; read only if HAS_REL
-    row,
-    column,
-    queries,
-    key_end,
-    scale,
-    mask_ptr,
-    stride_mask_row,
-    stride_mask_column,
-    MASK: tl.constexpr,
-    WIDE_MASK: tl.constexpr,
-    HAS_REL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    BOUNDED: tl.constexpr,
-):
-    """scale·q·k + bias, −inf where nothing is attended to; in log2 units unless MASK is "additive"."""
-    if MASK == "additive":
-        scores = products * scale
-    else:
-        scores = products * (scale * 1.4426950408889634)
-    if HAS_REL:
-        scores += rel
-    return masked_scores(
-        scores,
-        row,
-        column,
-        queries,
-        key_end,
-        mask_ptr,
-        stride_mask_row,
-        stride_mask_column,
-        MASK,
-        WIDE_MASK,
-        CAUSAL,
-        BOUNDED,
-    )
-
-
-@triton.jit
 def softmax_step(
     scores,  # [BLOCK_M, BLOCK_N], −inf where nothing is attended to
     factor,  # > 0: makes log2 units of them; not read under an additive mask

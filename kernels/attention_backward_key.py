@@ -11,10 +11,91 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import biased_scores, gather_rel, load_tile, power, store_tile
+from ._attention import gather_rel, store_tile
 from ._attention_arguments import common_arguments, row_for
+from ._attention_backward import add_products, load_rows_of, products_of, recomputed_weights
 from ._launch import launch
 from ._plans import planned
+
+
+@triton.jit
+def _key_step(
+    sums,  # (dk, dk_tail, dv, dv_tail): [BLOCK_N, MAIN], [BLOCK_N, TAIL or 16], and of the values' widths
+    tile,  # (k, k_tail, v, v_tail) of the keys
+    q_ptr,  # of a head
+    dout_ptr,
+    mask_ptr,
+    rel_h_ptr,
+    rel_w_ptr,
+    lse_ptr,
+    delta_ptr,
+    head_index,  # of the head's first query among those of all heads
+    start,
+    column,
+    queries,
+    keys,
+    key_rows,
+    key_columns,
+    strides,  # of q's rows, dout's rows, the mask's rows and columns
+    scale,
+    MASK: tl.constexpr,
+    WIDE_MASK: tl.constexpr,
+    HAS_REL: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_MAIN: tl.constexpr,
+    VALUE_TAIL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``sums`` with the share of one block of queries added."""
+    dk, dk_tail, dv, dv_tail = sums
+    k, k_tail, v, v_tail = tile
+    stride_q_row, stride_dout_row, stride_mask_row, stride_mask_column = strides
+    row = start + tl.arange(0, BLOCK_M).to(tl.int64)
+    inside = row < queries
+    q, q_tail = load_rows_of(q_ptr, row, queries, stride_q_row, DIM, MAIN, TAIL, BOUNDED)
+    products = products_of(k, k_tail, q, q_tail, TAIL, INPUT_PRECISION)
+    rel = products
+    if HAS_REL:
+        exists = inside[None, :] & (column < keys)[:, None]
+        query = head_index + row
+        rel = gather_rel(rel_h_ptr, rel_w_ptr, query[None, :], column[:, None], key_rows, key_columns, exists, MASK)
+    # Queries beyond the end have lse = +inf and so weight 0; keys beyond it are never stored.
+    if BOUNDED:
+        lse = tl.load(lse_ptr + head_index + row, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + head_index + row, mask=inside, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + head_index + row)
+        delta = tl.load(delta_ptr + head_index + row)
+    weights = recomputed_weights(
+        products,
+        rel,
+        lse[None, :],
+        row[None, :],
+        column[:, None],
+        queries,
+        keys,
+        scale,
+        mask_ptr,
+        stride_mask_row,
+        stride_mask_column,
+        MASK,
+        WIDE_MASK,
+        HAS_REL,
+        CAUSAL,
+        False,
+    )
+    dout, dout_tail = load_rows_of(dout_ptr, row, queries, stride_dout_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, BOUNDED)
+    dv, dv_tail = add_products(dv, dv_tail, weights.to(dout.dtype), dout, dout_tail, VALUE_TAIL, INPUT_PRECISION)
+    dweights = products_of(v, v_tail, dout, dout_tail, VALUE_TAIL, INPUT_PRECISION)
+    dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
+    dk, dk_tail = add_products(dk, dk_tail, dscores, q, q_tail, TAIL, INPUT_PRECISION)
+    return dk, dk_tail, dv, dv_tail
 
 
 @triton.jit
@@ -84,77 +165,59 @@ def _attention_backward_key(
     dk_ptr += batch * stride_dk_batch + key_head * stride_dk_head
     dv_ptr += batch * stride_dv_batch + key_head * stride_dv_head
 
-    k = load_tile(k_ptr, column, keys, stride_k_row, 0, MAIN, DIM, True)
-    k_tail = k
-    if TAIL > 0:
-        k_tail = load_tile(k_ptr, column, keys, stride_k_row, MAIN, TAIL, DIM, True)
-    v = load_tile(v_ptr, column, keys, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, True)
-    v_tail = v
-    if VALUE_TAIL > 0:
-        v_tail = load_tile(v_ptr, column, keys, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True)
+    k, k_tail = load_rows_of(k_ptr, column, keys, stride_k_row, DIM, MAIN, TAIL, True)
+    v, v_tail = load_rows_of(v_ptr, column, keys, stride_v_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, True)
     dk = tl.zeros([BLOCK_N, MAIN], dtype=tl.float32)
     dk_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, VALUE_MAIN], dtype=tl.float32)
     dv_tail = tl.zeros([BLOCK_N, VALUE_TAIL if VALUE_TAIL > 0 else 16], dtype=tl.float32)
+    tile = (k, k_tail, v, v_tail)
+    strides = (stride_q_row, stride_dout_row, stride_mask_row, stride_mask_column)
 
     begin = 0
     if CAUSAL:
         begin = (first // BLOCK_M) * BLOCK_M
+    whole = tl.maximum(queries // BLOCK_M * BLOCK_M, begin)
     for member in range(0, groups):
         head = key_head * groups + member
-        head_index = (batch * heads + head) * queries
-        head_q_ptr = q_ptr + batch * stride_q_batch + head * stride_q_head
-        head_dout_ptr = dout_ptr + batch * stride_dout_batch + head * stride_dout_head
         head_mask_ptr = mask_ptr
         if MASK != "none":
             head_mask_ptr = mask_ptr + batch * stride_mask_batch + head * stride_mask_head
-        for start in range(begin, queries, BLOCK_M):
-            row = start + tl.arange(0, BLOCK_M).to(tl.int64)
-            inside = row < queries
-            q = load_tile(head_q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
-            products = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
-            q_tail = q
-            if TAIL > 0:
-                q_tail = load_tile(head_q_ptr, row, queries, stride_q_row, MAIN, TAIL, DIM, True)
-                products = tl.dot(k_tail, tl.trans(q_tail), products, input_precision=INPUT_PRECISION)
-            rel = products
-            if HAS_REL:
-                exists = inside[None, :] & (column < keys)[:, None]
-                query = head_index + row
-                rel = gather_rel(rel_h_ptr, rel_w_ptr, query[None, :], column[:, None], key_rows, key_columns, exists, MASK)
-            scores = biased_scores(
-                products,
-                rel,
-                row[None, :],
-                column[:, None],
-                queries,
-                keys,
-                scale,
-                head_mask_ptr,
-                stride_mask_row,
-                stride_mask_column,
-                MASK,
-                WIDE_MASK,
-                HAS_REL,
-                CAUSAL,
-                False,
-            )
-            # Queries beyond the end have lse = +inf and so weight 0; keys beyond it are never stored.
-            lse = tl.load(lse_ptr + head_index + row, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + head_index + row, mask=inside, other=0.0)
-            weights = power(scores - lse[None, :], MASK)
-            dout = load_tile(head_dout_ptr, row, queries, stride_dout_row, 0, VALUE_MAIN, VALUE_DIM, True)
-            rounded = weights.to(dout.dtype)
-            dv = tl.dot(rounded, dout, dv, input_precision=INPUT_PRECISION)
-            dweights = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
-            if VALUE_TAIL > 0:
-                dout_tail = load_tile(head_dout_ptr, row, queries, stride_dout_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True)
-                dv_tail = tl.dot(rounded, dout_tail, dv_tail, input_precision=INPUT_PRECISION)
-                dweights = tl.dot(v_tail, tl.trans(dout_tail), dweights, input_precision=INPUT_PRECISION)
-            dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
-            dk = tl.dot(dscores, q, dk, input_precision=INPUT_PRECISION)
-            if TAIL > 0:
-                dk_tail = tl.dot(dscores, q_tail, dk_tail, input_precision=INPUT_PRECISION)
+        for part in tl.static_range(2):  # whole blocks, then what is left of the queries
+            for start in tl.range(whole if part else begin, queries if part else whole, BLOCK_M):
+                dk, dk_tail, dv, dv_tail = _key_step(
+                    (dk, dk_tail, dv, dv_tail),
+                    tile,
+                    q_ptr + batch * stride_q_batch + head * stride_q_head,
+                    dout_ptr + batch * stride_dout_batch + head * stride_dout_head,
+                    head_mask_ptr,
+                    rel_h_ptr,
+                    rel_w_ptr,
+                    lse_ptr,
+                    delta_ptr,
+                    (batch * heads + head) * queries,
+                    start,
+                    column,
+                    queries,
+                    keys,
+                    key_rows,
+                    key_columns,
+                    strides,
+                    scale,
+                    MASK,
+                    WIDE_MASK,
+                    HAS_REL,
+                    CAUSAL,
+                    part == 1,
+                    DIM,
+                    MAIN,
+                    TAIL,
+                    VALUE_DIM,
+                    VALUE_MAIN,
+                    VALUE_TAIL,
+                    BLOCK_M,
+                    INPUT_PRECISION,
+                )
 
     store_tile(dk_ptr, dk * scale, column, keys, stride_dk_row, 0, MAIN, DIM)
     store_tile(dv_ptr, dv, column, keys, stride_dv_row, 0, VALUE_MAIN, VALUE_DIM)

@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import biased_scores, gather_rel, load_tile, power
+from ._attention import gather_rel
 from ._attention_arguments import common_arguments, row_for
+from ._attention_backward import load_rows_of, products_of, recomputed_weights
 from ._launch import launch
 from ._plans import planned
 
@@ -96,26 +97,18 @@ def _attention_backward_mask(
             for start_row in range(first_row, row_end, BLOCK_M):
                 row = start_row + tl.arange(0, BLOCK_M).to(tl.int64)
                 inside = row < queries
-                q = load_tile(head_q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
-                dout = load_tile(head_dout_ptr, row, queries, stride_dout_row, 0, VALUE_MAIN, VALUE_DIM, True)
+                q, q_tail = load_rows_of(head_q_ptr, row, queries, stride_q_row, DIM, MAIN, TAIL, True)
+                dout, dout_tail = load_rows_of(
+                    head_dout_ptr, row, queries, stride_dout_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, True
+                )
                 lse = tl.load(lse_ptr + index + row, mask=inside, other=float("inf"))
                 delta = tl.load(delta_ptr + index + row, mask=inside, other=0.0)
                 for start_column in range(first_column, column_end, BLOCK_N):
                     column = start_column + tl.arange(0, BLOCK_N).to(tl.int64)
-                    k = load_tile(head_k_ptr, column, keys, stride_k_row, 0, MAIN, DIM, True)
-                    v = load_tile(head_v_ptr, column, keys, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, True)
-                    products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-                    dweights = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
-                    if TAIL > 0:
-                        q_tail = load_tile(head_q_ptr, row, queries, stride_q_row, MAIN, TAIL, DIM, True)
-                        k_tail = load_tile(head_k_ptr, column, keys, stride_k_row, MAIN, TAIL, DIM, True)
-                        products = tl.dot(q_tail, tl.trans(k_tail), products, input_precision=INPUT_PRECISION)
-                    if VALUE_TAIL > 0:
-                        dout_tail = load_tile(
-                            head_dout_ptr, row, queries, stride_dout_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True
-                        )
-                        v_tail = load_tile(head_v_ptr, column, keys, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True)
-                        dweights = tl.dot(dout_tail, tl.trans(v_tail), dweights, input_precision=INPUT_PRECISION)
+                    k, k_tail = load_rows_of(head_k_ptr, column, keys, stride_k_row, DIM, MAIN, TAIL, True)
+                    v, v_tail = load_rows_of(head_v_ptr, column, keys, stride_v_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, True)
+                    products = products_of(q, q_tail, k, k_tail, TAIL, INPUT_PRECISION)
+                    dweights = products_of(dout, dout_tail, v, v_tail, VALUE_TAIL, INPUT_PRECISION)
                     rel = products
                     if HAS_REL:
                         exists = inside[:, None] & (column < keys)[None, :]
@@ -123,9 +116,10 @@ def _attention_backward_mask(
                         rel = gather_rel(
                             rel_h_ptr, rel_w_ptr, query[:, None], column[None, :], key_rows, key_columns, exists, MASK
                         )
-                    scores = biased_scores(
+                    weights = recomputed_weights(
                         products,
                         rel,
+                        lse[:, None],
                         row[:, None],
                         column[None, :],
                         queries,
@@ -140,7 +134,7 @@ def _attention_backward_mask(
                         CAUSAL,
                         True,
                     )
-                    acc += power(scores - lse[:, None], MASK) * (dweights - delta[:, None])
+                    acc += weights * (dweights - delta[:, None])
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     column = first_column.to(tl.int64) + tl.arange(0, BLOCK_N)
     dmask_ptr += mask_index * mask_rows * mask_columns

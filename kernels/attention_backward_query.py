@@ -12,63 +12,29 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import biased_scores, load_tile, power, store_tile
+from ._attention import store_tile
 from ._attention_arguments import common_arguments, row_for
-from ._launch import launch, target_of
+from ._attention_backward import add_products, load_rows_of, products_of, recomputed_weights, row_products
+from ._launch import launch
 from ._plans import planned
-from ._tuning import config
-
-
-@triton.jit
-def _delta(
-    out_ptr,  # [B, H, N, Dv]
-    dout_ptr,  # [B, H, N, Dv]
-    delta_ptr,  # [B, H, N]
-    heads,
-    queries,
-    stride_out_batch,
-    stride_out_head,
-    stride_out_row,
-    stride_dout_batch,
-    stride_dout_head,
-    stride_dout_row,
-    VALUE_DIM: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    tiles = tl.cdiv(queries, BLOCK_M)
-    row = ((tl.program_id(0) % tiles) * BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
-    batch, head = batch_head // heads, batch_head % heads
-    out_ptr += batch * stride_out_batch + head * stride_out_head
-    dout_ptr += batch * stride_dout_batch + head * stride_dout_head
-    out = load_tile(out_ptr, row, queries, stride_out_row, 0, WIDTH, VALUE_DIM, True).to(tl.float32)
-    dout = load_tile(dout_ptr, row, queries, stride_dout_row, 0, WIDTH, VALUE_DIM, True).to(tl.float32)
-    tl.store(delta_ptr + batch_head * queries + row, tl.sum(out * dout, axis=1), mask=row < queries)
 
 
 @triton.jit
 def _query_step(
     dq,  # [BLOCK_M, MAIN]
     dq_tail,  # [BLOCK_M, TAIL or 16]
-    q,
-    q_tail,
-    dout,  # [BLOCK_M, VALUE_MAIN]
-    dout_tail,  # [BLOCK_M, VALUE_TAIL] or dout
-    lse,  # [BLOCK_M]
+    tile,  # (q, q_tail, dout, dout_tail) of the queries
+    lse,  # [BLOCK_M], less rel_h
     delta,  # [BLOCK_M]
     k_ptr,
     v_ptr,
     mask_ptr,
-    rel,
+    rel,  # [BLOCK_M, BLOCK_N]: rel_w; read only if HAS_REL
     row,
     start,
     key_end,
     queries,
-    stride_k_row,
-    stride_v_row,
-    stride_mask_row,
-    stride_mask_column,
+    strides,  # of k's rows, v's rows, the mask's rows and columns
     scale,
     MASK: tl.constexpr,
     WIDE_MASK: tl.constexpr,
@@ -85,16 +51,14 @@ def _query_step(
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys: (dq, dq_tail) with its share added, and its dS."""
+    q, q_tail, dout, dout_tail = tile
+    stride_k_row, stride_v_row, stride_mask_row, stride_mask_column = strides
     column = start + tl.arange(0, BLOCK_N).to(tl.int64)
-    k = load_tile(k_ptr, column, key_end, stride_k_row, 0, MAIN, DIM, BOUNDED)
-    products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
-    k_tail = k
-    if TAIL > 0:
-        k_tail = load_tile(k_ptr, column, key_end, stride_k_row, MAIN, TAIL, DIM, BOUNDED)
-        products = tl.dot(q_tail, tl.trans(k_tail), products, input_precision=INPUT_PRECISION)
-    scores = biased_scores(
-        products,
+    k, k_tail = load_rows_of(k_ptr, column, key_end, stride_k_row, DIM, MAIN, TAIL, BOUNDED)
+    weights = recomputed_weights(
+        products_of(q, q_tail, k, k_tail, TAIL, INPUT_PRECISION),
         rel,
+        lse[:, None],
         row[:, None],
         column[None, :],
         queries,
@@ -109,17 +73,9 @@ def _query_step(
         CAUSAL,
         BOUNDED,
     )
-    weights = power(scores - lse[:, None], MASK)
-    v = load_tile(v_ptr, column, key_end, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
-    dweights = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
-    if VALUE_TAIL > 0:
-        v_tail = load_tile(v_ptr, column, key_end, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
-        dweights = tl.dot(dout_tail, tl.trans(v_tail), dweights, input_precision=INPUT_PRECISION)
-    dscores = weights * (dweights - delta[:, None])
-    rounded = dscores.to(k.dtype)
-    dq = tl.dot(rounded, k, dq, input_precision=INPUT_PRECISION)
-    if TAIL > 0:
-        dq_tail = tl.dot(rounded, k_tail, dq_tail, input_precision=INPUT_PRECISION)
+    v, v_tail = load_rows_of(v_ptr, column, key_end, stride_v_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, BOUNDED)
+    dscores = weights * (products_of(dout, dout_tail, v, v_tail, VALUE_TAIL, INPUT_PRECISION) - delta[:, None])
+    dq, dq_tail = add_products(dq, dq_tail, dscores.to(k.dtype), k, k_tail, TAIL, INPUT_PRECISION)
     return dq, dq_tail, dscores
 
 
@@ -131,9 +87,10 @@ def _attention_backward_query(
     mask_ptr,  # [1|B, 1|H, 1|N, 1|M] or None
     rel_h_ptr,  # [B, H, N, Kh] or None
     rel_w_ptr,  # [B, H, N, Kw] or None
+    out_ptr,  # [B, H, N, Dv]
     dout_ptr,  # [B, H, N, Dv]
     lse_ptr,  # [B, H, N]
-    delta_ptr,  # [B, H, N]
+    delta_ptr,  # [B, H, N]: written
     dq_ptr,  # [B, H, N, D]
     drel_h_ptr,  # [B, H, N, Kh, blocks of a key row] or None
     drel_w_ptr,  # [B, H, N, Kw] or None
@@ -156,6 +113,9 @@ def _attention_backward_query(
     stride_mask_head,
     stride_mask_row,
     stride_mask_column,
+    stride_out_batch,
+    stride_out_head,
+    stride_out_row,
     stride_dout_batch,
     stride_dout_head,
     stride_dout_row,
@@ -166,6 +126,7 @@ def _attention_backward_query(
     MASK: tl.constexpr,
     WIDE_MASK: tl.constexpr,
     HAS_REL: tl.constexpr,
+    EVEN_COLUMNS: tl.constexpr,  # a row of keys is whole blocks
     CAUSAL: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
@@ -186,28 +147,27 @@ def _attention_backward_query(
     q_ptr += batch * stride_q_batch + head * stride_q_head
     k_ptr += batch * stride_k_batch + (head // groups) * stride_k_head
     v_ptr += batch * stride_v_batch + (head // groups) * stride_v_head
+    out_ptr += batch * stride_out_batch + head * stride_out_head
     dout_ptr += batch * stride_dout_batch + head * stride_dout_head
     dq_ptr += batch * stride_dq_batch + head * stride_dq_head
     if MASK != "none":
         mask_ptr += batch * stride_mask_batch + head * stride_mask_head
 
-    q = load_tile(q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
-    q_tail = q
-    if TAIL > 0:
-        q_tail = load_tile(q_ptr, row, queries, stride_q_row, MAIN, TAIL, DIM, True)
-    dout = load_tile(dout_ptr, row, queries, stride_dout_row, 0, VALUE_MAIN, VALUE_DIM, True)
-    dout_tail = dout
-    if VALUE_TAIL > 0:
-        dout_tail = load_tile(dout_ptr, row, queries, stride_dout_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, True)
-    lse = tl.load(lse_ptr + batch_head * queries + row, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + batch_head * queries + row, mask=inside, other=0.0)
+    q, q_tail = load_rows_of(q_ptr, row, queries, stride_q_row, DIM, MAIN, TAIL, True)
+    dout, dout_tail = load_rows_of(dout_ptr, row, queries, stride_dout_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, True)
+    out, out_tail = load_rows_of(out_ptr, row, queries, stride_out_row, VALUE_DIM, VALUE_MAIN, VALUE_TAIL, True)
+    delta = row_products(out, out_tail, dout, dout_tail, VALUE_TAIL)
+    index = batch_head * queries + row
+    tl.store(delta_ptr + index, delta, mask=inside)
+    lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
     dq = tl.zeros([BLOCK_M, MAIN], dtype=tl.float32)
     dq_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)
+    tile = (q, q_tail, dout, dout_tail)
+    strides = (stride_k_row, stride_v_row, stride_mask_row, stride_mask_column)
 
     if HAS_REL:
         unit = 1.0 if MASK == "additive" else 1.4426950408889634
         blocks = tl.cdiv(key_columns, BLOCK_N)
-        index = batch_head * queries + row
         for left in range(0, key_columns, BLOCK_N):
             place = left + tl.arange(0, BLOCK_N)
             present = inside[:, None] & (place < key_columns)[None, :]
@@ -219,30 +179,24 @@ def _attention_backward_query(
                 dq, dq_tail, dscores = _query_step(
                     dq,
                     dq_tail,
-                    q,
-                    q_tail,
-                    dout,
-                    dout_tail,
-                    lse,
+                    tile,
+                    lse - rel_h,
                     delta,
                     k_ptr,
                     v_ptr,
                     mask_ptr,
-                    rel_w + rel_h[:, None],
+                    rel_w,
                     row,
                     key_row * key_columns + left,
                     (key_row + 1) * key_columns,
                     queries,
-                    stride_k_row,
-                    stride_v_row,
-                    stride_mask_row,
-                    stride_mask_column,
+                    strides,
                     scale,
                     MASK,
                     WIDE_MASK,
                     True,
                     CAUSAL,
-                    True,
+                    not EVEN_COLUMNS,
                     DIM,
                     MAIN,
                     TAIL,
@@ -260,73 +214,43 @@ def _attention_backward_query(
         end = keys
         if CAUSAL:
             end = tl.minimum(keys, first + BLOCK_M)
-        for start in range(0, end, BLOCK_N):
-            dq, dq_tail, _ = _query_step(
-                dq,
-                dq_tail,
-                q,
-                q_tail,
-                dout,
-                dout_tail,
-                lse,
-                delta,
-                k_ptr,
-                v_ptr,
-                mask_ptr,
-                lse,
-                row,
-                start,
-                keys,
-                queries,
-                stride_k_row,
-                stride_v_row,
-                stride_mask_row,
-                stride_mask_column,
-                scale,
-                MASK,
-                WIDE_MASK,
-                False,
-                CAUSAL,
-                True,
-                DIM,
-                MAIN,
-                TAIL,
-                VALUE_DIM,
-                VALUE_MAIN,
-                VALUE_TAIL,
-                BLOCK_N,
-                INPUT_PRECISION,
-            )
+        whole = end // BLOCK_N * BLOCK_N
+        for part in tl.static_range(2):  # whole blocks, then what is left of the keys
+            # Addresses kept across the loop would cost the registers of a second program.
+            for start in tl.range(whole if part else 0, end if part else whole, BLOCK_N, disable_licm=True):
+                dq, dq_tail, _ = _query_step(
+                    dq,
+                    dq_tail,
+                    tile,
+                    lse,
+                    delta,
+                    k_ptr,
+                    v_ptr,
+                    mask_ptr,
+                    lse,
+                    row,
+                    start,
+                    keys,
+                    queries,
+                    strides,
+                    scale,
+                    MASK,
+                    WIDE_MASK,
+                    False,
+                    CAUSAL,
+                    part == 1,
+                    DIM,
+                    MAIN,
+                    TAIL,
+                    VALUE_DIM,
+                    VALUE_MAIN,
+                    VALUE_TAIL,
+                    BLOCK_N,
+                    INPUT_PRECISION,
+                )
     store_tile(dq_ptr, dq * scale, row, queries, stride_dq_row, 0, MAIN, DIM)
     if TAIL > 0:
         store_tile(dq_ptr, dq_tail * scale, row, queries, stride_dq_row, MAIN, TAIL, DIM)
-
-
-@planned
-def launch_delta(out: torch.Tensor, dout: torch.Tensor, delta: torch.Tensor) -> None:
-    """Fills delta [B, H, N]."""
-    row = config("attention_delta", target_of(out))
-    batch, heads, queries, value_dim = out.shape
-    strides = {
-        f"stride_{name}_{axis}": tensor.stride(dim)
-        for name, tensor in (("out", out), ("dout", dout))
-        for dim, axis in enumerate(("batch", "head", "row"))
-    }
-    launch(
-        "attention_delta",
-        _delta,
-        (batch * heads * triton.cdiv(queries, row["BLOCK_M"]),),
-        out,
-        row,
-        out_ptr=out,
-        dout_ptr=dout,
-        delta_ptr=delta,
-        heads=heads,
-        queries=queries,
-        VALUE_DIM=value_dim,
-        WIDTH=triton.next_power_of_2(value_dim),
-        **strides,
-    )
 
 
 def rel_blocks(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_w: torch.Tensor) -> int:
@@ -344,6 +268,7 @@ def launch_attention_backward_query(
     rel_w: torch.Tensor | None,
     is_causal: bool,
     scale: float,
+    out: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
@@ -351,8 +276,13 @@ def launch_attention_backward_query(
     drel_h: torch.Tensor | None,
     drel_w: torch.Tensor | None,
 ) -> None:
-    """Fills dq, drel_h [B, H, N, Kh, ``rel_blocks``] float32 and drel_w [B, H, N, Kw]."""
+    """Fills delta, dq, drel_h [B, H, N, Kh, ``rel_blocks``] float32 and drel_w [B, H, N, Kw]."""
     row = row_for("attention_backward_query", q, v, mask, rel_w)
+    strides = {
+        f"stride_{name}_{axis}": tensor.stride(dim)
+        for name, tensor in (("out", out), ("dout", dout), ("dq", dq))
+        for dim, axis in enumerate(("batch", "head", "row"))
+    }
     launch(
         "attention_backward_query",
         _attention_backward_query,
@@ -361,18 +291,15 @@ def launch_attention_backward_query(
         row,
         rel_h_ptr=rel_h,
         rel_w_ptr=rel_w,
+        out_ptr=out,
         dout_ptr=dout,
         lse_ptr=lse,
         delta_ptr=delta,
         dq_ptr=dq,
         drel_h_ptr=drel_h,
         drel_w_ptr=drel_w,
-        stride_dout_batch=dout.stride(0),
-        stride_dout_head=dout.stride(1),
-        stride_dout_row=dout.stride(2),
-        stride_dq_batch=dq.stride(0),
-        stride_dq_head=dq.stride(1),
-        stride_dq_row=dq.stride(2),
         CAUSAL=is_causal,
+        EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,
+        **strides,
         **common_arguments(q, k, v, mask, rel_h, scale),
     )

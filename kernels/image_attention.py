@@ -50,6 +50,17 @@ def key_tile(
 
 
 @triton.jit
+def query_tokens(place, top, left, columns, width, stride_y, stride_x, LINEAR: tl.constexpr):
+    """(offsets in qkv, indices among the image's tokens) of a window's queries; LINEAR: it is the image, of one stride."""
+    if LINEAR:
+        token = place.to(tl.int64)
+        return token * stride_x, token
+    else:
+        y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
+        return y * stride_y + x * stride_x, y * width + x
+
+
+@triton.jit
 def load_rows(rows, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, MASKED: tl.constexpr):
     """Columns FIRST … FIRST + WIDTH at the addresses ``rows``; zeros beyond DIM and, if MASKED, where ``mask`` is not."""
     column = FIRST + tl.arange(0, WIDTH)
@@ -184,6 +195,15 @@ def queries_of(qkv: torch.Tensor, window: tuple[int, int]) -> int:
     return min(qkv.shape[1], window[0]) * min(qkv.shape[2], window[1])
 
 
+def query_arguments(qkv: torch.Tensor, window: tuple[int, int], block: int) -> dict:
+    """LINEAR of ``query_tokens``, and EVEN_QUERIES: every window has whole blocks of queries."""
+    _, height, width, _ = qkv.shape
+    linear = window[0] >= height and window[1] >= width and qkv.stride(1) == width * qkv.stride(2)
+    whole = height % window[0] == 0 and width % window[1] == 0
+    even = queries_of(qkv, window) % block == 0 and (whole or linear)
+    return {"LINEAR": linear, "EVEN_QUERIES": even}
+
+
 def row_for(op: str, qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> tuple[dict[str, int], dict[str, int]]:
     """The tuning-table row, and the tile of keys made of it: no larger than a window, KEY_COLUMNS of its BLOCK_N in a row."""
     row = config(
@@ -192,6 +212,7 @@ def row_for(op: str, qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> 
         element_size=qkv.element_size(),
         head_dim=qkv.shape[3] // (3 * heads),
         keys=window[0] * window[1],
+        columns=window[1],
     )
     columns = triton.next_power_of_2(window[1])
     block = min(row["BLOCK_N"], max(MIN_DOT, columns * triton.next_power_of_2(window[0])))

@@ -14,7 +14,19 @@ import triton.language as tl
 
 from ._launch import launch
 from ._plans import planned
-from .image_attention import key_tile, load_keys, load_rows, row_for, store_rows, window_arguments, window_corner, windows_of
+from .image_attention import (
+    key_tile,
+    load_keys,
+    load_rows,
+    query_arguments,
+    query_tokens,
+    relative_tile,
+    row_for,
+    store_rows,
+    window_arguments,
+    window_corner,
+    windows_of,
+)
 
 
 @triton.jit
@@ -44,6 +56,8 @@ def _image_attention_backward_key(
     HAS_REL: tl.constexpr,
     PAD: tl.constexpr,
     WANTS_PAD: tl.constexpr,
+    LINEAR: tl.constexpr,
+    EVEN_QUERIES: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -82,41 +96,42 @@ def _image_attention_backward_key(
     dk_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, MAIN], dtype=tl.float32)
     dv_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], dtype=tl.float32)
-    down = key_row + tl.arange(0, KEY_ROWS)
-    across = key_column + tl.arange(0, KEY_COLUMNS)
 
     for start in range(0, rows * columns, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
         inside = place < rows * columns
-        y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
-        index = (batch * heads + head) * tokens + y * width + x
-        query_rows = qkv_ptr + y * stride_y + x * stride_x
-        dout_rows = dout_ptr + (batch * tokens + y * width + x) * channels + head * DIM
-        q = load_rows(query_rows, inside, 0, MAIN, DIM, True)
+        query_offset, token = query_tokens(place, top, left, columns, width, stride_y, stride_x, LINEAR)
+        index = (batch * heads + head) * tokens + token
+        query_rows = qkv_ptr + query_offset
+        dout_rows = dout_ptr + (batch * tokens + token) * channels + head * DIM
+        q = load_rows(query_rows, inside, 0, MAIN, DIM, not EVEN_QUERIES)
         scores = tl.dot(k, tl.trans(q), input_precision=INPUT_PRECISION)
         q_tail = q
         if TAIL > 0:
-            q_tail = load_rows(query_rows, inside, MAIN, TAIL, DIM, True)
+            q_tail = load_rows(query_rows, inside, MAIN, TAIL, DIM, not EVEN_QUERIES)
             scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=INPUT_PRECISION)
         scores *= scale * 1.4426950408889634
-        if HAS_REL:
-            rel_h_rows, rel_w_rows = rel_h_ptr + index * window_h, rel_w_ptr + index * window_w
-            there = inside[None, :] & (across < window_w)[:, None]
-            rel_w = tl.load(rel_w_rows[None, :] + across[:, None], mask=there, other=0.0).to(tl.float32)
-            present = inside[None, :] & (down < window_h)[:, None]
-            rel_h = tl.load(rel_h_rows[None, :] + down[:, None], mask=present, other=0.0).to(tl.float32)
-            rel = (rel_h[:, None, :] + rel_w[None, :, :]).reshape(BLOCK_N, BLOCK_M)
-            scores += rel * 1.4426950408889634
         # Queries beyond the end have lse = +inf and so weight 0; keys that the window has not are never stored.
-        lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
+        if EVEN_QUERIES:
+            lse, delta = tl.load(lse_ptr + index), tl.load(delta_ptr + index)
+        else:
+            lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
+            delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
+        if HAS_REL:
+            rel_w = tl.trans(relative_tile(rel_w_ptr + index * window_w, key_column, window_w, inside, KEY_COLUMNS))
+            if KEY_ROWS == 1:
+                lse -= tl.load(rel_h_ptr + index * window_h + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+                scores += rel_w
+            else:
+                rel_h = tl.trans(relative_tile(rel_h_ptr + index * window_h, key_row, window_h, inside, KEY_ROWS))
+                scores += (rel_h[:, None, :] + rel_w[None, :, :]).reshape(BLOCK_N, BLOCK_M)
         weights = tl.exp2(scores - lse[None, :])
-        dout = load_rows(dout_rows, inside, 0, MAIN, DIM, True)
+        dout = load_rows(dout_rows, inside, 0, MAIN, DIM, not EVEN_QUERIES)
         rounded = weights.to(dout.dtype)
         dv = tl.dot(rounded, dout, dv, input_precision=INPUT_PRECISION)
         dweights = tl.dot(v, tl.trans(dout), input_precision=INPUT_PRECISION)
         if TAIL > 0:
-            dout_tail = load_rows(dout_rows, inside, MAIN, TAIL, DIM, True)
+            dout_tail = load_rows(dout_rows, inside, MAIN, TAIL, DIM, not EVEN_QUERIES)
             dv_tail = tl.dot(rounded, dout_tail, dv_tail, input_precision=INPUT_PRECISION)
             dweights = tl.dot(v_tail, tl.trans(dout_tail), dweights, input_precision=INPUT_PRECISION)
         dscores = (weights * (dweights - delta[None, :])).to(q.dtype)
@@ -198,5 +213,6 @@ def launch_image_attention_backward_key(
         HAS_REL=rel_h is not None,
         WANTS_PAD=dpad is not None,
         **tile,
+        **query_arguments(qkv, window, row["BLOCK_M"]),
         **window_arguments(qkv, heads, window, pad),
     )

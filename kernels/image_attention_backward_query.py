@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention_backward import row_products
 from ._launch import launch
 from ._plans import planned
 from .image_attention import (
@@ -20,6 +21,8 @@ from .image_attention import (
     load_keys,
     load_rows,
     queries_of,
+    query_arguments,
+    query_tokens,
     relative_tile,
     row_for,
     store_rows,
@@ -36,9 +39,10 @@ def _image_attention_backward_query(
     pad_ptr,  # [3, H, D] or None
     rel_h_ptr,  # [B, H, Hi·Wi, h] or None
     rel_w_ptr,  # [B, H, Hi·Wi, w] or None
+    out_ptr,  # [B, Hi, Wi, H, D]
     dout_ptr,  # [B, Hi, Wi, H, D]
     lse_ptr,  # [B, H, Hi·Wi]
-    delta_ptr,  # [B, H, Hi·Wi]
+    delta_ptr,  # [B, H, Hi·Wi]: written
     dqkv_ptr,  # [B, Hi, Wi, 3, H, D]
     drel_h_ptr,  # [PASSES, B, H, Hi·Wi, h] or None
     drel_w_ptr,  # [B, H, Hi·Wi, w] or None
@@ -59,6 +63,7 @@ def _image_attention_backward_query(
     PAD: tl.constexpr,
     EVEN: tl.constexpr,
     PASSES: tl.constexpr,
+    LINEAR: tl.constexpr,
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -78,24 +83,28 @@ def _image_attention_backward_query(
         return
     place = first + tl.arange(0, BLOCK_M)
     inside = place < rows * columns
-    y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
     channels = heads * DIM
     tokens = height * width
-    token = batch * tokens + y * width + x
-    index = (batch * heads + head) * tokens + y * width + x
+    query_offset, token = query_tokens(place, top, left, columns, width, stride_y, stride_x, LINEAR)
+    index = (batch * heads + head) * tokens + token
+    token += batch * tokens
     qkv_ptr += batch * stride_batch + head * DIM
     if pad_ptr is not None:
         pad_ptr += head * DIM
-    query_rows = qkv_ptr + y * stride_y + x * stride_x
+    query_rows = qkv_ptr + query_offset
     dout_rows = dout_ptr + token * channels + head * DIM
+    out_rows = out_ptr + token * channels + head * DIM
     q = load_rows(query_rows, inside, 0, MAIN, DIM, True)
     dout = load_rows(dout_rows, inside, 0, MAIN, DIM, True)
-    q_tail, dout_tail = q, dout
+    out = load_rows(out_rows, inside, 0, MAIN, DIM, True)
+    q_tail, dout_tail, out_tail = q, dout, out
     if TAIL > 0:
         q_tail = load_rows(query_rows, inside, MAIN, TAIL, DIM, True)
         dout_tail = load_rows(dout_rows, inside, MAIN, TAIL, DIM, True)
+        out_tail = load_rows(out_rows, inside, MAIN, TAIL, DIM, True)
     lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
-    delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
+    delta = row_products(out, out_tail, dout, dout_tail, TAIL)
+    tl.store(delta_ptr + index, delta, mask=inside)
     dq = tl.zeros([BLOCK_M, MAIN], dtype=tl.float32)
     dq_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)
     rel_h_rows, rel_w_rows = rel_h_ptr, rel_w_ptr
@@ -122,16 +131,18 @@ def _image_attention_backward_query(
                 k_tail = load_keys(qkv_ptr + channels, pad_k_ptr, offset, exists, real, MAIN, TAIL, DIM, PAD, EVEN)
                 scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=INPUT_PRECISION)
             scores *= scale * 1.4426950408889634
+            shift = lse
             if HAS_REL:
                 if KEY_ROWS == 1:
-                    rel_h = tl.load(rel_h_rows + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
-                    scores += rel_w + rel_h[:, None]
+                    scores += rel_w
+                    shift = lse - tl.load(rel_h_rows + key_row, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
                 else:
                     rel_h = relative_tile(rel_h_rows, key_row, window_h, inside, KEY_ROWS)
                     scores += (rel_h[:, :, None] + rel_w[:, None, :]).reshape(BLOCK_M, BLOCK_N)
+            scores -= shift[:, None]
             if not EVEN:
                 scores = tl.where(exists[None, :], scores, float("-inf"))
-            weights = tl.exp2(scores - lse[:, None])
+            weights = tl.exp2(scores)
             v = load_keys(qkv_ptr + 2 * channels, pad_v_ptr, offset, exists, real, 0, MAIN, DIM, PAD, EVEN)
             dweights = tl.dot(dout, tl.trans(v), input_precision=INPUT_PRECISION)
             if TAIL > 0:
@@ -179,6 +190,7 @@ def launch_image_attention_backward_query(
     heads: int,
     window: tuple[int, int],
     scale: float,
+    out: torch.Tensor,
     dout: torch.Tensor,
     lse: torch.Tensor,
     delta: torch.Tensor,
@@ -186,7 +198,7 @@ def launch_image_attention_backward_query(
     drel_h: torch.Tensor | None,
     drel_w: torch.Tensor | None,
 ) -> None:
-    """Fills the dq of dqkv, drel_h [``passes_of``, B, H, Hi·Wi, h] and drel_w."""
+    """Fills delta, the dq of dqkv, drel_h [``passes_of``, B, H, Hi·Wi, h] and drel_w."""
     row, tile = row_for("image_attention_backward_query", qkv, heads, window)
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])
@@ -198,6 +210,7 @@ def launch_image_attention_backward_query(
         row,
         rel_h_ptr=rel_h,
         rel_w_ptr=rel_w,
+        out_ptr=out,
         dout_ptr=dout,
         lse_ptr=lse,
         delta_ptr=delta,
@@ -210,6 +223,7 @@ def launch_image_attention_backward_query(
         stride_pass=0 if drel_h is None else drel_h.stride(0),
         scale=scale,
         HAS_REL=rel_h is not None,
+        LINEAR=query_arguments(qkv, window, row["BLOCK_M"])["LINEAR"],
         **tile_arguments(tile, window),
         **window_arguments(qkv, heads, window, pad),
     )

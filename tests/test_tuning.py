@@ -126,36 +126,39 @@ def test_the_doctor_names_whose_rows_are_in_force(fresh, monkeypatch, tmp_path):
     ("ops", "message"),
     [
         ({"attention": []}, "no operator or entry 'attention'"),
-        ({"attention_delta": [{"when": {}, "config": {"BLOCK_M": 16}}]}, "a row of attention_delta lacks num_warps"),
-        ({"attention_delta": [{"when": {}, "config": {"BLOCK_M": "16", "num_warps": 4}}]}, "are no integers"),
-        ({"attention_delta": [{"config": {"BLOCK_M": 16, "num_warps": 4}}]}, "no operator or entry 'when'"),
-        ({"attention_delta": 4}, "not a tuning table"),
+        (
+            {"attention_split": [{"when": {}, "config": {"PROGRAMS": 16, "MIN_KEYS": 16}}]},
+            "a row of attention_split lacks num_warps",
+        ),
+        ({"attention_split": [{"when": {}, "config": {"PROGRAMS": "16", "MIN_KEYS": 16, "num_warps": 4}}]}, "are no integers"),
+        ({"attention_split": [{"config": {"PROGRAMS": 16, "MIN_KEYS": 16, "num_warps": 4}}]}, "no operator or entry 'when'"),
+        ({"attention_split": 4}, "not a tuning table"),
     ],
 )
 def test_a_table_that_is_none_is_refused_by_name(fresh, monkeypatch, tmp_path, ops, message):
     _write(tmp_path, "sm_90", ops)
     monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
     with pytest.raises(ValueError, match=message) as caught:
-        _tuning.config("attention_delta", "sm_90")
+        _tuning.config("attention_split", "sm_90")
     assert str(tmp_path / "sm_90.json") in str(caught.value)
 
 
 def test_a_folder_that_is_none_is_refused(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path / "absent"))
     with pytest.raises(NotADirectoryError, match="FASTVIT_TABLES: got"):
-        _tuning.config("attention_delta", "sm_90")
+        _tuning.config("attention_split", "sm_90")
 
 
 def test_an_override_holds_inside_and_is_forgotten_outside(fresh):
-    before = _tuning.config("attention_delta", "sm_90")
-    with _tuning.override("attention_delta", {"BLOCK_M": 1}):
-        assert _tuning.config("attention_delta", "sm_90") == {"BLOCK_M": 1}
-        assert _tuning.config("activation_backward", "sm_90") != {"BLOCK_M": 1}
-    assert _tuning.config("attention_delta", "sm_90") == before
+    before = _tuning.config("attention_split", "sm_90")
+    with _tuning.override("attention_split", {"PROGRAMS": 1}):
+        assert _tuning.config("attention_split", "sm_90") == {"PROGRAMS": 1}
+        assert _tuning.config("activation_backward", "sm_90") != {"PROGRAMS": 1}
+    assert _tuning.config("attention_split", "sm_90") == before
 
 
 def test_what_is_asked_for_is_collected_once_a_shape(fresh):
-    _tuning.config("attention_delta", "sm_90")
+    _tuning.config("attention_split", "sm_90")
     with _tuning.asked() as found:
         for queries in (4, 8, 4):
             _tuning.config("attention_forward", "sm_90", element_size=2, head_dim=64, queries=queries, bias=0)
@@ -165,7 +168,7 @@ def test_what_is_asked_for_is_collected_once_a_shape(fresh):
 def test_launches_are_not_repeated_from_plans_while_configs_are_measured(monkeypatch):
     monkeypatch.setattr(_plans, "_known", True)
     assert _plans.undisturbed()
-    with _tuning.override("attention_delta", {"BLOCK_M": 1}):
+    with _tuning.override("attention_split", {"PROGRAMS": 1}):
         assert not _plans.undisturbed()
     with _tuning.asked():
         assert not _plans.undisturbed()

@@ -65,9 +65,9 @@ def attention_backward(
     """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three None where not wanted."""
     batch, heads, queries, dim = query.shape
     key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
-    q, k, v, dout = (with_unit_stride(t) for t in (query, key, value, grad))
+    q, k, v, out, dout = (with_unit_stride(t) for t in (query, key, value, out, grad))
     rel_h, rel_w = contiguous(rel_h), contiguous(rel_w)
-    inputs = (q, k, v, _as_bytes(attn_mask), rel_h, rel_w, is_causal, scale, dout)
+    inputs = (q, k, v, _as_bytes(attn_mask), rel_h, rel_w, is_causal, scale)
     dq = _new_heads(query, batch, heads, queries, dim)
     dk = _new_heads(key, batch, key_heads, keys, dim)
     dv = _new_heads(value, batch, key_heads, keys, value_dim)
@@ -76,19 +76,18 @@ def attention_backward(
     if batch * heads == 0:
         likes = (attn_mask if wants_mask else None, rel_h, rel_w)
         return dq, dk.zero_(), dv.zero_(), *(None if t is None else torch.zeros_like(t) for t in likes)
-    kernels.attention_backward_query.launch_delta(with_unit_stride(out), dout, delta)
     if rel_h is None or rel_w is None:
-        kernels.attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, None, None)
+        kernels.attention_backward_query.launch_attention_backward_query(*inputs, out, dout, lse, delta, dq, None, None)
     else:
         blocks = kernels.attention_backward_query.rel_blocks(q, v, attn_mask, rel_w)
         rows = rel_h.new_empty(*rel_h.shape, blocks, dtype=torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
-        kernels.attention_backward_query.launch_attention_backward_query(*inputs, lse, delta, dq, rows, drel_w)
+        kernels.attention_backward_query.launch_attention_backward_query(*inputs, out, dout, lse, delta, dq, rows, drel_w)
         drel_h = rows.sum(-1).to(rel_h.dtype)
-    kernels.attention_backward_key.launch_attention_backward_key(*inputs, lse, delta, dk, dv)
+    kernels.attention_backward_key.launch_attention_backward_key(*inputs, dout, lse, delta, dk, dv)
     if wants_mask and attn_mask is not None:
         dmask = attn_mask.new_empty(attn_mask.shape)
-        kernels.attention_backward_mask.launch_attention_backward_mask(*inputs, lse, delta, dmask)
+        kernels.attention_backward_mask.launch_attention_backward_mask(*inputs, dout, lse, delta, dmask)
     return dq, dk, dv, dmask, drel_h, drel_w
 
 

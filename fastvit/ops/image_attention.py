@@ -68,17 +68,21 @@ def image_attention_backward(
     dtable_h = dtable_w = dpad = None
     qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
     delta = torch.empty_like(lse)
-    kernels.attention_backward_query.launch_delta(_by_head(out, num_heads), _by_head(dout, num_heads), delta)
     rel = None if tables is None else _positions(qkv, tables, num_heads, size)
-    inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale, dout, lse, delta, dqkv)
+    inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale)
+    saved = (dout, lse, delta, dqkv)
     if tables is None or rel is None:
-        kernels.image_attention_backward_query.launch_image_attention_backward_query(*inputs, None, None)
+        kernels.image_attention_backward_query.launch_image_attention_backward_query(
+            *inputs, out.contiguous(), *saved, None, None
+        )
     else:
         rel_h, rel_w = rel
         passes = kernels.image_attention_backward_query.passes_of(qkv, num_heads, size)
         parts = rel_h.new_empty(passes, *rel_h.shape, dtype=rel_h.dtype if passes == 1 else torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
-        kernels.image_attention_backward_query.launch_image_attention_backward_query(*inputs, parts, drel_w)
+        kernels.image_attention_backward_query.launch_image_attention_backward_query(
+            *inputs, out.contiguous(), *saved, parts, drel_w
+        )
         drel_h = parts[0] if passes == 1 else parts.sum(0).to(rel_h.dtype)
         kernels.image_attention_positions.launch_positions_backward(qkv, *tables, num_heads, size, drel_h, drel_w, dqkv)
         if wants_tables:
@@ -91,15 +95,10 @@ def image_attention_backward(
         sums = qkv.new_empty(
             kernels.image_attention_backward_key.pad_parts(qkv, num_heads, size), 2 * channels // 3, dtype=torch.float32
         )
-    kernels.image_attention_backward_key.launch_image_attention_backward_key(*inputs, sums)
+    kernels.image_attention_backward_key.launch_image_attention_backward_key(*inputs, *saved, sums)
     if sums is not None:
         dpad = torch.cat([sums.new_zeros(channels // 3), sums.sum(0)]).to(qkv.dtype)
     return dqkv, dtable_h, dtable_w, dpad
-
-
-def _by_head(tokens: Tensor, num_heads: int) -> Tensor:
-    """(B, Hi, Wi, H·D) → (B, H, Hi·Wi, D), a view."""
-    return tokens.flatten(1, 2).unflatten(2, (num_heads, -1)).transpose(1, 2)
 
 
 def _table_gradient(lines: Tensor, size: int) -> Tensor:
