@@ -30,6 +30,7 @@ from fastvit.demo.picture import sample_picture
 from fastvit.images import read_picture
 from fastvit.integrations import swap
 from fastvit.ops import quantized
+from tests.conftest import ON_GPU
 from tests.models_for_acceleration import perturb
 
 CAT = sample_picture().parent / "chelsea.png"
@@ -145,7 +146,8 @@ def test_accelerate_reports_and_times(vit, fastvit_command):
     code, out, error = fastvit_command("accelerate", vit[0], "--runs", "2", "--image", CAT)
     assert (code, error) == (0, "")
     assert "2 blocks replaced, 0 left as they were" in out
-    assert "median of 2 interleaved pairs, one picture, 32×32 pixels, float32 on cpu" in out
+    device = "cuda" if ON_GPU else "cpu"
+    assert f"median of 2 interleaved pairs, one picture, 32×32 pixels, float32 on {device}" in out
 
 
 def test_include_and_exclude_are_repeated_options(vit, fastvit_command):
