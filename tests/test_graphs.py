@@ -10,18 +10,20 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections import namedtuple
+from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastvit
 from fastvit.graphs import ATTRIBUTE, recorder, store
+from fastvit.graphs.inspection import Inspection
 from tests.models_for_acceleration import hf_vit, image, tensor_of, timm_vit
 
 
@@ -143,7 +145,7 @@ def test_results_are_the_same_for_any_batch_and_belong_to_the_caller(tapes, buil
 def test_a_replay_runs_no_python_of_the_model(tapes):
     calls = []
     model = graphed(Probe(lambda self, x: calls.append(1) or self.linear(x)))
-    call(model, torch.randn(2, 4), times=3)
+    call(model, torch.randn(2, 4), times=4)
     ran = len(calls)
     x = torch.randn(2, 4)
     assert torch.equal(call(model, x), model.linear(x))
@@ -190,7 +192,30 @@ def test_autocast_is_part_of_the_signature_and_its_cache_stays_out(tapes):
     assert (full.dtype, half.dtype) == (torch.float32, torch.bfloat16)
     assert torch.allclose(again.float(), half.float() + 1, atol=0.05)
     [device] = model.__dict__[ATTRIBUTE].shared._recorders.values()
-    assert device.cached == [True, False]
+    assert device.cached == [False, False]
+
+
+def _within(self, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.linear(x)
+
+
+_around = torch.autocast("cpu", dtype=torch.bfloat16)(lambda self, x: self.linear(x))  # made where casts are cached
+
+
+@pytest.mark.parametrize(("body", "outer"), [(_within, False), (_around, True)], ids=["within", "decorator"])
+def test_casts_by_an_autocast_of_the_models_own_are_made_anew(tapes, body, outer):
+    model, x = graphed(Probe(body)), torch.randn(2, 4)
+    for _ in range(4):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+            call(model, x)
+    assert recorded(model) == 1
+    with torch.no_grad():
+        model.linear.weight.add_(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+        out = call(model, x)
+    assert torch.equal(out, body(model, x))
+    assert outcome(model) == "1 recorded; its last call was replayed"
 
 
 Pair = namedtuple("Pair", "first second")
@@ -222,6 +247,25 @@ def test_containers_come_back_as_what_they_are(tapes):
         assert out.second["weight"] is model.weight
         assert isinstance(out.second["row"], Result)
         assert torch.equal(out.second["row"].value, expected[0])
+    assert recorded(model) == 1
+
+
+def test_dicts_of_other_kinds_are_returned_as_they_are_and_sizes_are_numbers(tapes):
+    def body(self, x, size):
+        out = defaultdict(list, out=self.linear(x))
+        return out if size else (out["out"], x.shape, OrderedDict(out))
+
+    model, x = graphed(Probe(body)), torch.randn(2, 4)
+    for size in (x.shape[:0], x.shape[1:]):
+        for _ in range(4):
+            out = call(model, x, size)
+            assert torch.equal(out["out"] if size else out[0], model.linear(x))
+        if size:
+            assert out["other"] == []
+            assert "its result is or holds a defaultdict" in outcome(model)
+        else:
+            assert (type(out[1]), out[1]) == (torch.Size, x.shape)
+            assert type(out[2]) is OrderedDict
     assert recorded(model) == 1
 
 
@@ -312,6 +356,46 @@ def test_8_bit_weights_follow_what_they_were_made_of():
     assert watch.replaced(model)
 
 
+class Leaf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.adapter = None
+
+    def forward(self, x):
+        return x * 2 if self.adapter is None else self.adapter(x)
+
+
+def _transpose(model):
+    model.linear.weight.data = model.linear.weight.data.t()
+
+
+def _slice(model):
+    model.linear.weight.data, model.linear.bias.data = model.linear.weight.data[:2], model.linear.bias.data[:2]
+
+
+def _first_child(model):
+    model.leaf.adapter = nn.Linear(4, 4).eval()
+
+
+def _patch_class(model):
+    type(model.leaf).forward = lambda self, x: x - 1
+
+
+@pytest.mark.parametrize("change", [_transpose, _slice, _first_child, _patch_class])
+def test_what_lies_at_the_same_address_in_another_way_and_other_python_are_seen(tapes, change):
+    model = Probe(lambda self, x: self.linear(self.leaf(x)))
+    model.leaf = type("Patched", (Leaf,), {})().eval()
+    graphed(model)
+    x = torch.randn(2, 4)
+    call(model, x, times=4)
+    change(model)
+    expected = model.linear(model.leaf(x))
+    assert torch.equal(call(model, x), expected)
+    assert "since the call before" in outcome(model)
+    assert torch.equal(call(model, x, times=4), expected)
+    assert recorded(model) == 1
+
+
 def test_settings_of_the_model_and_its_config_are_looked_at(tapes):
     model = graphed(hf_vit())
     call(model, image(), times=4)
@@ -384,6 +468,26 @@ def test_gradients_go_through_and_attention_maps_are_drawn(tapes):
     assert len(fastvit.attention_maps(model, image())) == 3
 
 
+def test_gradients_of_what_is_no_parameter_are_left_to_pytorch(tapes):
+    prompt = torch.randn(4, requires_grad=True)
+    model = graphed(Probe(lambda self, x: self.linear(x + prompt)).requires_grad_(False))
+    for number in range(6):
+        model(torch.randn(2, 4)).sum().backward()
+        assert torch.allclose(prompt.grad, (number + 1) * 2 * model.linear.weight.sum(0), atol=1e-5)
+    assert "gradients are recorded for a tensor that is no parameter" in outcome(model)
+
+
+def test_forward_derivatives_and_default_devices(tapes):
+    model, x = graphed(Probe(lambda self, x: self.linear(x) + torch.zeros(4))), torch.randn(2, 4)
+    call(model, x, times=4)
+    with forward_ad.dual_level():
+        out = call(model, forward_ad.make_dual(x, torch.ones_like(x)))
+        assert torch.allclose(forward_ad.unpack_dual(out).tangent, model.linear.weight.sum(1).expand(2, 4), atol=1e-6)
+    with torch.device("cpu"):
+        call(model, x, times=4)
+    assert outcome(model) == "2 recorded; its last call was replayed"
+
+
 class Plain(TorchDispatchMode):
     _should_skip_dynamo = classmethod(lambda cls: False)
 
@@ -430,10 +534,10 @@ def test_what_cannot_be_replayed_runs_as_ever(tapes, body, reason, mode):
     model = Probe(body)
     model.linear.to("meta") if "meta" in reason else None
     graphed(model)
-    for _ in range(4):
+    for number in range(4):
         with mode():
             model(torch.randn(2, 4).abs())
-        assert reason in outcome(model)
+        assert (reason if number else "its signature is new") in outcome(model)
     assert model.count == (4 if body is _odd else 0)
 
 
@@ -453,7 +557,7 @@ def test_dropout_that_drops_nothing_and_picking_by_number_are_recorded(tapes):
 def test_a_recording_that_fails_is_said_once_and_not_tried_again(tapes, monkeypatch):
     model, x = graphed(Probe(lambda self, x: self.linear(x))), torch.randn(2, 4)
     monkeypatch.setattr(TapeRecorder, "fails", RuntimeError("operation not permitted\nwhen the stream is capturing"))
-    call(model, x, times=2)
+    call(model, x, times=3)
     with pytest.warns(UserWarning, match=r"Probe runs without a CUDA graph: it could not be recorded \(RuntimeError: operation"):
         out = call(model, x)
     assert torch.equal(out, model.linear(x))
@@ -485,6 +589,51 @@ def test_what_calls_leave_behind_is_read_where_it_stays_and_not_recorded_where_i
     assert "every call reads other tensors" in outcome(model)
 
 
+def test_what_a_call_read_is_kept_no_longer_than_a_recording_may_come_of_it(tapes):
+    made = []
+
+    def body(self, x):
+        before, self.kept = self.__dict__.get("kept", x), self.linear(x)
+        made.append(weakref.ref(self.kept.untyped_storage()))
+        return before.sum() + self.kept
+
+    model = graphed(Probe(body))
+    for batch in range(1, 5):
+        call(model, torch.randn(batch, 4), times=store.MAX_LOOKS + 1)
+        assert "every call reads other tensors" in outcome(model)
+    assert sum(storage() is not None for storage in made) == 1
+
+
+def test_signatures_that_never_come_again_and_models_that_always_change_are_not_looked_on_at(tapes, monkeypatch):
+    looks = []
+    monkeypatch.setattr(store, "Inspection", lambda *args: looks.append(args))
+
+    def body(self, x):
+        self.steps = self.__dict__.get("steps", 0) + 1
+        return self.linear(x)
+
+    for model in (graphed(Probe(lambda self, x: self.linear(x))), graphed(Probe(body))):
+        for batch in range(1, 6):
+            call(model, torch.randn(batch, 4))
+    call(model, torch.randn(2, 4), times=3)
+    assert "a setting or what was made of a weight has become another" in outcome(model)
+    assert not looks
+
+
+def test_numbers_from_the_host_are_no_launches():
+    x = torch.randn(4, device="meta")
+    for body, reason in (
+        (lambda: torch.ops.aten.lift_fresh(x), "it writes numbers down on the device"),  # by which torch.tensor ends
+        (lambda: torch.empty_like(x).copy_(torch.tensor(0.5), non_blocking=True), "it computes on cpu as well (aten::copy_)"),
+        (lambda: torch.tensor(0.5).to("meta", non_blocking=True), "it computes on cpu as well (aten::"),
+        (lambda: torch.empty_like(x).index_put_((x > 0,), x), "it waits for a value from the device (aten::index_put"),
+        (lambda: x * torch.tensor(0.5), None),
+    ):
+        with Inspection(x.device, []) as inspection:
+            body()
+        assert reason == inspection.reason or inspection.reason.startswith(reason)
+
+
 @pytest.mark.parametrize("argument", [object(), torch.randn(2, 4).to_sparse(), {object(): 1}])
 def test_arguments_that_could_change_unseen(tapes, argument):
     model = graphed(Probe(lambda self, x, other: self.linear(x)))
@@ -506,7 +655,7 @@ def test_the_recording_replayed_longest_ago_makes_room_but_none_in_use(tapes, mo
             assert torch.equal(call(model, x), model.linear(x))
         return sorted(entry.recording.inputs[0].shape[0] for entry in model.__dict__[ATTRIBUTE].recordings)
 
-    assert come(1, 1, 1, 2, 2, 2) == [1, 2]
+    assert come(1, 1, 1, 1, 2, 2, 2, 2) == [1, 2]
     assert come(*[1, 2, 3] * 5) == [1, 2]
     assert "2 other signatures are recorded, and in use" in outcome(model)
     assert come(*[2, 3] * 5) == [2, 3]
@@ -529,7 +678,7 @@ def test_what_is_called_by_itself_has_graphs_of_its_own(tapes):
     assert recorded(model) == recorded(model.blocks) == 1
     outer = graphed(nn.Sequential(Probe(_odd), timm_vit()).eval())
     outer[0].linear = nn.Identity().eval()
-    call(outer, image(), times=4)
+    call(outer, image(), times=6)  # in the second, looked on at, nothing inside counts
     graphs = fastvit.report(outer).graphs
     assert "it writes over a tensor" in graphs[""]
     assert graphs["1"] == "1 recorded; its last call was replayed"
@@ -648,8 +797,9 @@ class Cuda:
 
     def __init__(self, fails_in_capture=False):
         self.log, self.streams, self.current, self.fails = [], itertools.cycle(range(1, 33)), None, fails_in_capture
-        self.CUDAGraph = lambda: SimpleNamespace(replay=lambda: self.log.append("replay"))
-        self.graph_pool_handle = lambda: (0, 1)
+        log, handles = self.log, itertools.count(1)
+        self.CUDAGraph = type("CUDAGraph", (), {"replay": lambda graph: log.append("replay")})
+        self.graph_pool_handle = lambda: (0, next(handles))
         self.synchronize = lambda device: self.log.append("synchronize")
 
     def Stream(self, device):
@@ -675,12 +825,12 @@ class Cuda:
 
     @contextlib.contextmanager
     def graph(self, graph, pool, stream, capture_error_mode):
-        self.current = stream
-        self.log.append(f"captures on {stream}, {capture_error_mode}")
+        before, self.current = self.current, stream
+        self.log.append(f"captures on {stream} in {pool}, {capture_error_mode}")
         yield
         if self.fails:
             raise RuntimeError("operation failed due to a previous error during capture")  # the stream stays current
-        self.current = None
+        self.current = before
 
 
 class Stream:
@@ -712,19 +862,23 @@ def test_the_recorder_orders_streams_and_survives_a_failed_capture(monkeypatch):
     cuda.current = caller
     with one.turn([tensor]):
         replay, result = one.record(lambda: runs.append(cuda.current) or "result")
-    assert (runs, result) == ([one.stream] * 3, "result")
-    assert cuda.log == [
-        f"{one.stream} waits for {caller}",
-        f"captures on {one.stream}, thread_local",
-        f"{caller} waits for {one.stream}",
-    ]
+    assert (runs, result) == ([caller, caller, one.stream], "result")
+    assert cuda.log == [f"input on {caller}", f"captures on {one.stream} in {one.pool}, thread_local"]
     cuda.log.clear()
     for stream in (caller, another, another):
         cuda.current = stream
         with one.turn([tensor]):
             replay()
-    assert cuda.log == ["replay", f"{another} waits for {caller}", f"input on {another}", "replay", "replay"]
+    turns = [[f"input on {stream}", "replay"] for stream in (caller, another, another)]
+    assert cuda.log == [*turns[0], f"{another} waits for {caller}", *turns[1], *turns[2]]
     assert not ended
+
+    pool = one.pool  # shared while a graph of it lives; after the last one PyTorch takes it for no other
+    another_replay = one.record(lambda: None)
+    assert one.pool == pool
+    del replay, another_replay
+    one.record(lambda: None)
+    assert one.pool != pool
 
     cuda.fails, before = True, other.stream
     cuda.current = caller
@@ -824,7 +978,7 @@ def test_gpu_a_recording_that_fails_leaves_the_device_as_it_was():
         return self.linear(x)
 
     model, x = graphed(Probe(body).cuda()), torch.randn(2, 4, device="cuda")
-    call(model, x, times=2)
+    call(model, x, times=3)
     stream = torch.cuda.current_stream()
     with pytest.warns(UserWarning, match="it could not be recorded"):
         out = call(model, x)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SYNCHRONIZES = {"aten::item", "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
 COPIES = {"aten::to", "aten::_to_copy", "aten::copy_"}
+PICKS = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
 class Inspection(TorchDispatchMode):
@@ -44,6 +45,8 @@ class Inspection(TorchDispatchMode):
 
     def result(self, tensor: Tensor) -> Tensor:
         """Takes note of a tensor that the call returned, which no operator need have read."""
+        if tensor.requires_grad and torch.is_grad_enabled():
+            self.reason = "gradients are recorded for a tensor that is no parameter of it"
         if _plain(tensor):
             self._know(tensor, made=False)
         return tensor
@@ -72,8 +75,12 @@ class Inspection(TorchDispatchMode):
             return f"it computes with more than plain dense tensors ({name})"
         for tensor in made:
             self._know(tensor, made=True)
-        for tensor in [*given, *(made if name in COPIES else [])]:
-            constant = tensor.dim() == 0 and tensor.device.type == "cpu" and _storage(tensor) in self._made
+        copied = [*given, *(made if name in COPIES else [])]
+        across = name in COPIES and len({tensor.device for tensor in copied}) > 1
+        if name == "aten::lift_fresh" and self.device.type != "cpu" and given[0].device == self.device:
+            return "it writes numbers down on the device (torch.tensor), which waits for it"
+        for tensor in copied:
+            constant = not across and tensor.dim() == 0 and tensor.device.type == "cpu" and _storage(tensor) in self._made
             if tensor.device != self.device and not constant:
                 return f"it computes on {tensor.device} as well ({name})"
         return None
@@ -106,7 +113,7 @@ def _draws(arguments: dict[str, Any]) -> bool:
 
 
 def _selects(name: str, tags: list[Any], arguments: dict[str, Any]) -> bool:
-    """Whether the size of the result depends on values."""
-    if name == "aten::index":  # by numbers it does not, by a mask it does
+    """Whether the size of the result, or of what is written, depends on values."""
+    if name in PICKS:  # by numbers it does not, by a mask it does
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in _tensors(arguments.get("indices")))
     return torch.Tag.dynamic_output_shape in tags

@@ -11,7 +11,7 @@ from ..integrations import swap
 from ..integrations.dispatched import exchange_class
 from .recorder import RECORDERS
 from .recording import Shared
-from .store import Graphs, inside
+from .store import NEW, Graphs, inside
 
 ATTRIBUTE = "_fastvit_graphs"
 
@@ -82,11 +82,11 @@ def paused(model: nn.Module) -> Iterator[None]:
 
 
 def describe(model: nn.Module) -> dict[str, str]:
-    """Module name → what its graphs did: of the model, and of those inside that were called by themselves."""
+    """Module name → what its graphs did: of the model, and of those inside that were called by themselves, more than once."""
     found = {}
     for name, module in model.named_modules():
         graphs = module.__dict__.get(ATTRIBUTE) if is_graphed(module) else None
-        if graphs is not None and (graphs.outcome or not name):
+        if graphs is not None and (not name or (graphs.outcome and not graphs.outcome.endswith(NEW))):
             found[name] = f"{len(graphs.recordings)} recorded; {graphs.outcome or _before(model)}"
     return found
 

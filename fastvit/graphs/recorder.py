@@ -13,6 +13,7 @@ WARM_UP = 2  # runs beforehand: kernels are compiled, launch plans made and libr
 STREAMS = 32  # that PyTorch has a device; asked for one more, it hands out the first again
 
 _recorders: "weakref.WeakSet[CudaRecorder]" = weakref.WeakSet()
+_failed: list[torch.cuda.CUDAGraph] = []
 _recording = threading.Lock()  # PyTorch's allocator takes one recording at a time
 
 
@@ -22,6 +23,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self.stream: torch.cuda.Stream
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph]  # those that use the pool
         self.last: torch.cuda.Stream | None = None  # the stream of the turn before
         self._start_afresh()
         _recorders.add(self)
@@ -32,7 +34,10 @@ class CudaRecorder:
         taken = {recorder.stream for recorder in list(_recorders)}
         streams = [torch.cuda.Stream(self.device) for _ in range(STREAMS)]
         self.stream = next((stream for stream in streams if stream not in taken), streams[0])
-        self.pool = torch.cuda.graph_pool_handle()
+        self._start_pool()
+
+    def _start_pool(self) -> None:
+        self.pool, self._graphs = torch.cuda.graph_pool_handle(), weakref.WeakSet()
 
     @staticmethod
     def busy() -> bool:
@@ -43,15 +48,16 @@ class CudaRecorder:
     def turn(self, tensors: list[torch.Tensor]) -> Iterator[None]:
         """On the caller's current stream, after all that was done in the turn before, on whichever stream that was.
 
-        ``tensors``, which were allocated on another stream maybe, are kept from being reused before this one is done with them.
+        ``tensors``, which were allocated on another stream maybe, are kept from being reused before this one is done with them
+        (which is nothing to do, and takes no time, where it is the same).
         """
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if self.last is not None and self.last != stream:
                 stream.wait_stream(self.last)
-                for tensor in tensors:
-                    tensor.record_stream(stream)
             self.last = stream
+            for tensor in tensors:
+                tensor.record_stream(stream)
             yield
 
     def record(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -60,30 +66,29 @@ class CudaRecorder:
         Raises what ``function`` raises while it is recorded, ``RuntimeError`` where it waits for the device; the device and its
         allocator are then as they were before.
         """
+        for _ in range(WARM_UP):  # on the caller's stream, so that what products need on the recording's lies in the pool
+            function()
+        if not self._graphs:  # a pool ends with the last graph that used it
+            self._start_pool()
         outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        self.stream.wait_stream(outside)
         try:
-            with _recording:
-                with torch.cuda.stream(self.stream):
-                    for _ in range(WARM_UP):
-                        function()
-                # Other threads may go on allocating and launching meanwhile: only this one's mistakes count.
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                    result = function()
+            # Other threads may go on allocating and launching meanwhile: only this one's mistakes count.
+            with _recording, torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                result = function()
         except BaseException:
             torch.cuda.set_stream(outside)  # PyTorch's own context leaves its stream current where the end of the capture fails
             self._give_up(graph)
             raise
-        outside.wait_stream(self.stream)
+        self._graphs.add(graph)
         return graph.replay, result
 
     def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        """A capture that fails at its end goes on taking memory from its pool, and refers to its graph while it does."""
+        """A capture that fails at its end goes on taking memory from its pool, and its allocators refer to its graph for good."""
+        _failed.append(graph)
         with contextlib.suppress(RuntimeError):  # it had not begun, or has ended
             torch._C._cuda_endAllocateToPool(self.device.index, self.pool)
             torch._C._cuda_releasePool(self.device.index, self.pool)
         torch.cuda.synchronize(self.device)
-        del graph
         self._start_afresh()
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import enum
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -76,11 +77,11 @@ def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
 def _contents(value: Any) -> tuple[tuple, list[Any], Callable[[list[Any]], Any]]:
     """(names, values, what builds the same kind of container of other values)."""
     kind = type(value)
-    if kind in (tuple, list):
+    if kind in (tuple, list, torch.Size):
         return (len(value),), list(value), kind
     if isinstance(value, tuple) and hasattr(kind, "_make"):
         return (len(value),), list(value), kind._make
-    if isinstance(value, dict):
+    if kind in (dict, OrderedDict) or (isinstance(value, dict) and dataclasses.is_dataclass(kind)):
         if all(type(name) in _CONSTANTS for name in value):
             # transformers' outputs, which are dataclasses as well, fill what is not given with None
             return (

@@ -1,21 +1,24 @@
 """What a graphed module carries: its recordings by signature, and what becomes of a call.
 
-A signature that is new runs as ever, looked on at, until two runs of it have read the same tensors: the first may make what later
-ones keep. The next call of it is recorded, and those after it are replayed. With all places taken, another one is recorded once
-one of them has not been replayed for long: where more signatures come in turn than there are places, recording each anew would
-cost more than it saves.
+A signature that is new runs as ever; one that comes again is looked on at, until two runs of it have read the same tensors: the
+first may make what later ones keep. The next call of it is recorded, and those after it are replayed. With all places taken,
+another one is recorded once one of them has not been replayed for long: where more signatures come in turn than there are places,
+recording each anew would cost more than it saves.
 """
 
 import functools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from .inspection import Inspection
 from .recorder import RECORDERS
@@ -28,6 +31,8 @@ PATIENCE = 1000  # calls without a replay after which a recording makes room for
 MAX_LOOKS = 5  # a signature
 MAX_SIGNATURES = 512  # a module, unrecorded ones too
 REPLAYED = "its last call was replayed"
+NEW = "its signature is new, and recorded when it comes for the fourth time"
+CHANGED = "since the call before, a child, a weight, a setting or what was made of a weight has become another one"
 
 _thread = threading.local()
 
@@ -39,11 +44,13 @@ def inside() -> bool:
 
 @dataclass
 class _Entry:
-    """One signature. ``looks``: how many of its runs were looked on at, ``reads``: the storages that the last of them read;
+    """One signature. ``again``: it came more than once; ``looks``: how many of its runs were looked on at; ``read``: what the
+    last of these read beside its inputs, by storage: kept from being freed, and its address from being given to others;
     ``settled``: it may be recorded; ``refused``: why it is not; ``used``: the number of the call that replayed it last."""
 
+    again: bool = False
     looks: int = 0
-    reads: frozenset[int] = frozenset()
+    read: dict[int, Tensor] = field(default_factory=dict)
     settled: bool = False
     refused: str | None = None
     recording: Recording | None = None
@@ -51,8 +58,7 @@ class _Entry:
 
 
 class Graphs:
-    """What a graphed module carries. ``outcome``: of its last call, as a sentence; empty before the first. ``read``: what the
-    recorded calls read beside their inputs, by storage: kept from being freed, and its address from being given to others."""
+    """What a graphed module carries. ``outcome``: of its last call, as a sentence; empty before the first."""
 
     def __init__(self, shared: Shared):
         self.shared = shared
@@ -60,7 +66,6 @@ class Graphs:
         self.watch: Watch | None = None
         self.calls = 0
         self.entries: dict[Hashable, _Entry] = {}  # those that came last, unless they were replayed, at the end
-        self.read: dict[int, Tensor] = {}
 
     def __reduce__(self) -> tuple:
         return (Graphs, (self.shared,))
@@ -73,7 +78,6 @@ class Graphs:
         """Gives up all recordings, and their memory."""
         with self.shared.lock:
             self.entries.clear()
-            self.read.clear()
             self.watch = None
 
     def call(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -86,34 +90,35 @@ class Graphs:
                 holds, output = self._at_once(key, module, tensors)
                 if holds:
                     return output
-                reason = self._why_not(module, tensors)
+                changed, watch = self._look_at(module)
+                reason = self._why_not_now(watch, tensors)
                 if reason is None:
                     entry = self._entry(key)
                     reason = self._why_no_recording(entry, module, run, args, kwargs, tensors)
+                    reason = CHANGED if changed else reason
                     if entry.recording is not None:
                         entry.used, self.outcome = self.calls, REPLAYED
                         return entry.recording.run(tensors)[1]
-        if entry is None or entry.settled or entry.refused is not None:
+        if entry is None or not entry.again or entry.settled or entry.refused is not None:
             self.outcome = f"its last call ran without a graph: {reason}"
             return run(*args, **kwargs)
         inspection = Inspection(tensors[0].device, tensors)
-        with _alone(inspection.device.type), inspection:
-            output = run(*args, **kwargs)
+        with _alone(), inspection:
+            output = _uncached(run)(*args, **kwargs)
         with self.shared.lock:
-            self._take_in(entry, inspection, inspection.reason or _why_opaque(output, inspection))
+            self._take_in(entry, inspection, _why_opaque(output, inspection))
             self.outcome = f"its last call ran without a graph: {entry.refused or reason}"
         return output
 
     def _take_in(self, entry: _Entry, inspection: Inspection, reason: str | None) -> None:
         """What a run that was looked on at tells of its signature; ``reason``: why it cannot be recorded, or None."""
-        reads = frozenset(inspection.read)
-        entry.settled = reason is None and entry.looks > 0 and reads == entry.reads
-        entry.looks, entry.reads = entry.looks + 1, reads
+        entry.settled = reason is None and entry.looks > 0 and inspection.read.keys() == entry.read.keys()
+        entry.looks, entry.read = entry.looks + 1, inspection.read
         if reason is None and not entry.settled and entry.looks == MAX_LOOKS:
             reason = "every call reads other tensors, which calls before it left behind"
         entry.refused = reason
-        if reason is None:
-            self.read.update(inspection.read)
+        if reason is not None:
+            entry.read = {}
 
     def _at_once(self, key: Hashable, module: nn.Module, tensors: list[Tensor]) -> tuple[bool, Any]:
         """(whether the call was replayed, its output): what has not changed up to the last call has hardly changed since, so the
@@ -131,13 +136,15 @@ class Graphs:
             entry.used = self.calls
         return holds, output
 
-    def _why_not(self, module: nn.Module, tensors: list[Tensor]) -> str | None:
-        """Why this call cannot be replayed, the module being what it is now; recordings of what it was are forgotten."""
-        if self.watch is not None and self.watch.replaced(module):
+    def _look_at(self, module: nn.Module) -> tuple[bool, Watch]:
+        """(whether the module has become another one, what it is now); recordings of what it was are forgotten."""
+        watch = self.watch
+        changed = watch is not None and watch.replaced(module)
+        if changed:
             self.forget()
-        if self.watch is None:
-            self.watch = Watch(module)
-        return self._why_not_now(self.watch, tensors)
+        if watch is None or changed:
+            watch = self.watch = Watch(module)
+        return changed, watch
 
     def _why_not_now(self, watch: Watch, tensors: list[Tensor]) -> str | None:
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*tensors, *watch.tensors)):
@@ -146,7 +153,11 @@ class Graphs:
 
     def _entry(self, key: Hashable) -> _Entry:
         self.calls += 1
-        entry = self.entries.pop(key, None) or _Entry()
+        entry = self.entries.pop(key, None)
+        if entry is None:
+            entry = _Entry()
+        else:
+            entry.again = True
         if len(self.entries) >= MAX_SIGNATURES:
             del self.entries[next(key for key, entry in self.entries.items() if entry.recording is None)]
         self.entries[key] = entry
@@ -159,7 +170,7 @@ class Graphs:
         if entry.recording is not None or entry.refused is not None:
             return entry.refused
         if not entry.settled:
-            return "its signature is new, and recorded when it comes for the third time"
+            return NEW
         if len(self.recordings) >= MAX_RECORDINGS:
             oldest = min(self.recordings, key=lambda entry: entry.used)
             if self.calls - oldest.used < PATIENCE:
@@ -167,8 +178,8 @@ class Graphs:
             oldest.recording = None
         recorder = self.shared.recorder(tensors[0].device)
         try:
-            with _alone(tensors[0].device.type):
-                entry.recording = Recording(recorder, run, args, kwargs, tensors, self.read)
+            with _alone():
+                entry.recording = Recording(recorder, _uncached(run), args, kwargs, tensors, entry.read)
         except Unknown as error:
             entry.refused = f"one of its arguments or results {error}"
         except Exception as error:
@@ -179,37 +190,51 @@ class Graphs:
 
 
 @contextmanager
-def _alone(device_type: str) -> Iterator[None]:
+def _alone() -> Iterator[None]:
     """Modules inside are not recorded by themselves, and no cast of a weight is taken from, or left in, autocast's cache, which
-    lives no longer than the caller's autocast."""
-    cast = torch.is_autocast_enabled(device_type)
-    uncached: AbstractContextManager = nullcontext()
-    if cast:
-        uncached = torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=False)
+    lives no longer than the outermost autocast."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     _thread.inside = True
     try:
-        with uncached:
-            yield
+        yield
     finally:
         _thread.inside = False
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _uncached(function: Callable) -> Callable:
+    """``function`` without casts that were cached: an autocast that a module made beforehand, as a decorator, turns it on."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        torch.clear_autocast_cache()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            torch.clear_autocast_cache()
+
+    return run
 
 
 _modes_and_the_like = (
     torch._C._len_torch_dispatch_stack,
     torch._C._are_functorch_transforms_active,
     lambda: torch._C._get_tracing_state() is not None,
+    lambda: forward_ad._current_level >= 0,
 )
 
 
 def _signature(module: nn.Module, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]) -> tuple[Hashable, str | None]:
     """(the signature of a call, why it has none), the tensors among its arguments being appended to ``tensors``."""
-    if any(stands() for stands in _modes_and_the_like) or torch._C._len_torch_function_stack():
+    key: list[Any] = []
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    if any(stands() for stands in _modes_and_the_like) or any(type(mode) is not DeviceContext for mode in modes):
         return None, "a mode, a transform or a trace stands around the call"
+    key += [mode.device for mode in modes]  # where tensors are made: torch.set_default_device
     if module.training:
         return None, "it is in training mode: call model.eval()"
     if "_is_replica" in module.__dict__:
         return None, "it is a replica that DataParallel makes anew for every call"
-    key: list[Any] = []
     try:
         read(args, key, tensors)
         read(kwargs, key, tensors)
@@ -227,8 +252,11 @@ def _signature(module: nn.Module, args: tuple, kwargs: dict[str, Any], tensors: 
 
 
 def _why_opaque(output: Any, inspection: Inspection) -> str | None:
+    """Why the call that was looked on at cannot be replayed, its result included, or None."""
+    if inspection.reason is not None:
+        return inspection.reason
     try:
         mapped(output, inspection.result)
     except Unknown as error:
         return f"its result {error}"
-    return None
+    return inspection.reason

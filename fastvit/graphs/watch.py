@@ -1,13 +1,14 @@
 """Whether a module is still what a graph of it was recorded from: looked at before every replay.
 
 Looked at are the class, children, hooks, mode and forward of every module inside, which tensors its parameters and buffers are
-and where they lie, where 8-bit weights were made of them also their version counters; and the numbers and strings among the
+and how they lie where, where 8-bit weights were made of them also their version counters; and the numbers and strings among the
 attributes of the module itself and of its configs. Values of weights that are changed in place need no look: a replay reads
 them. Not seen is any other attribute that Python would read, as the epsilon of a block inside.
 """
 
 import operator
 import sys
+import types
 from collections.abc import Iterable
 from itertools import chain, repeat
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..integrations.dispatched import has_forward_of_its_own
 from ..integrations.parts import CAPTURE_MODULE
 from ..integrations.swap import ATTRIBUTE as SERVING
+from ..integrations.swap import own_class
 from ..nn import GLOBAL_HOOKS
 
 _PLAIN = {bool, int, float, str, type(None)}
@@ -33,13 +35,16 @@ class Watch:
         self.names = [name for name, _ in named]
         self.modules = [inner for _, inner in named]
         self.own = [inner.__dict__ for inner in self.modules]
-        self.tables = [table for own in (module.__dict__, *self.own) for table in _tables(own) if table]
+        tables = [table for own in (module.__dict__, *self.own) for table in _tables(own)]
+        self.tables, self.empty = [table for table in tables if table], [table for table in tables if not table]
         self.children = list(chain.from_iterable(map(dict.values, self.tables)))
         self.kinds = list(map(type, self.modules))
+        classes: set[Any] = set(map(own_class, {type(module), *self.kinds}))
+        self.forwards = [(cls, cls.forward) for cls in classes if isinstance(getattr(cls, "forward", None), types.FunctionType)]
         tensors = [child for child in self.children if isinstance(child, Tensor)]
         self.why_never = _why_never(module, tensors)
         self.tensors = [] if self.why_never else tensors
-        self.addresses = list(map(Tensor.data_ptr, self.tensors))
+        self.places = self._places()
         self.rounded = [tensor for inner in module.modules() for tensor in _rounded(inner)]
         self.versions = self._versions()
         self.configs = list({id(config): config for config in map(_config, (module, *self.modules)) if config}.values())
@@ -48,10 +53,12 @@ class Watch:
     def replaced(self, module: nn.Module) -> bool:
         """Whether a child, a class, a tensor or a setting is another one now, or lies elsewhere."""
         return (
-            sum(map(len, self.tables)) != len(self.children)
+            any(self.empty)
+            or sum(map(len, self.tables)) != len(self.children)
             or not all(map(operator.is_, chain.from_iterable(map(dict.values, self.tables)), self.children))
             or list(map(type, self.modules)) != self.kinds
-            or list(map(Tensor.data_ptr, self.tensors)) != self.addresses
+            or any(cls.forward is not forward for cls, forward in self.forwards)
+            or self._places() != self.places
             or self._versions() != self.versions
             or self._attributes(module) != self.attributes
         )
@@ -59,6 +66,10 @@ class Watch:
     def _attributes(self, module: nn.Module) -> list[tuple]:
         owners = (module.__dict__, *self.configs)
         return [(name, value) for own in owners for name, value in own.items() if type(value) in _PLAIN]
+
+    def _places(self) -> list[list]:
+        """Where the tensors lie, and how: a slice or a transpose begins at the same address."""
+        return [list(map(look, self.tensors)) for look in (Tensor.data_ptr, Tensor.numel, Tensor.stride)]
 
     def _versions(self) -> list[int]:
         return [0 if tensor.is_inference() else tensor._version for tensor in self.rounded]

@@ -125,6 +125,13 @@ def original_class(cls: type) -> type:
     return cls.__dict__["_fastvit_original"]
 
 
+def own_class(cls: type) -> type:
+    """The class that a module of ``cls`` came with."""
+    while "_fastvit_original" in cls.__dict__:
+        cls = original_class(cls)
+    return cls
+
+
 def is_served(module: nn.Module) -> bool:
     return isinstance(module, ServedBlock)
 
