@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastvit
 from fastvit.graphs import ATTRIBUTE, recorder, store
 from fastvit.graphs.inspection import Inspection
+from fastvit.graphs.signature import settings
 from tests.models_for_acceleration import hf_vit, image, tensor_of, timm_vit
 
 
@@ -165,6 +166,18 @@ def test_what_decides_a_call_is_in_its_signature(tapes):
     for other in (x.T.contiguous().T, x[:1], x.expand(3, 2, 4)):
         assert torch.equal(call(model, other, times=4)["out"], model.linear(other))
     assert recorded(model) == 10
+
+
+@pytest.mark.parametrize("name", ["fp32_precision", "allow_fp16_accumulation", "allow_bf16_reduced_precision_reduction"])
+def test_settings_of_precision_are_told_apart(name):
+    matmul, before = torch.backends.cuda.matmul, settings("cuda")
+    value = getattr(matmul, name)
+    try:
+        setattr(matmul, name, "tf32" if name == "fp32_precision" else not value)
+        assert settings("cuda") != before
+    finally:
+        setattr(matmul, name, value)
+    assert settings("cuda") == before
 
 
 def test_inference_mode_and_no_grad_are_told_apart(tapes):
@@ -475,6 +488,13 @@ def test_gradients_of_what_is_no_parameter_are_left_to_pytorch(tapes):
         model(torch.randn(2, 4)).sum().backward()
         assert torch.allclose(prompt.grad, (number + 1) * 2 * model.linear.weight.sum(0), atol=1e-5)
     assert "gradients are recorded for a tensor that is no parameter" in outcome(model)
+    prompt.requires_grad_(False)
+    for _ in range(5):
+        model(torch.randn(3, 4))
+    assert outcome(model) == "1 recorded; its last call was replayed"
+    prompt.requires_grad_(True)
+    assert model(torch.randn(3, 4)).requires_grad
+    assert "gradients are recorded for a tensor that is no parameter" in outcome(model)
 
 
 def test_forward_derivatives_and_default_devices(tapes):
@@ -720,6 +740,18 @@ def test_copies_pickles_and_moves_carry_no_recording(tapes):
     assert list(model.state_dict()) == list(timm_vit().state_dict())
 
 
+def test_shallow_copies_and_swapped_tensors_are_seen(tapes):
+    model, x = graphed(Probe(lambda self, x: self.linear(x))), torch.randn(2, 4)
+    call(model, x, times=3)
+    torch.utils.swap_tensors(model.linear.weight, nn.Parameter(torch.randn(4, 4)))  # refuses where there is a view of it
+    assert torch.equal(call(model, x, times=4), model.linear(x))
+    assert recorded(model) == 1
+    twin = copy.copy(model)
+    twin._modules = {"linear": nn.Linear(4, 4).eval()}
+    assert torch.equal(call(twin, x), twin.linear(x))
+    assert torch.equal(call(model, x), model.linear(x))
+
+
 def test_restore_gives_back_exactly_the_model(tapes):
     model = timm_vit()
     before = [(type(m), set(m.__dict__)) for m in model.modules()]
@@ -861,8 +893,9 @@ def test_the_recorder_orders_streams_and_survives_a_failed_capture(monkeypatch):
     runs = []
     cuda.current = caller
     with one.turn([tensor]):
-        replay, result = one.record(lambda: runs.append(cuda.current) or "result")
-    assert (runs, result) == ([caller, caller, one.stream], "result")
+        replay, result = one.record(lambda: runs.append((cuda.current, gc.isenabled())) or "result")
+    assert (runs, result) == ([(caller, True), (caller, True), (one.stream, False)], "result")
+    assert gc.isenabled()
     assert cuda.log == [f"input on {caller}", f"captures on {one.stream} in {one.pool}, thread_local"]
     cuda.log.clear()
     for stream in (caller, another, another):

@@ -18,14 +18,14 @@ PICKS = {"aten::index", "aten::index_put", "aten::index_put_"}
 
 
 class Inspection(TorchDispatchMode):
-    """``reason``: why the call that ran within it cannot be replayed, or None. ``read``: storage → a detached tensor in it, of
-    what the call read and did not make itself: weights, buffers and whatever else Python held."""
+    """``reason``: why the call that ran within it cannot be replayed, or None. ``read``: of what the call read and did not make
+    itself (weights, buffers and whatever else Python held) storage → (what holds it, the tensor, which may get another)."""
 
     def __init__(self, device: torch.device, inputs: list[Tensor]):
         super().__init__()
         self.device = device
         self.reason: str | None = None
-        self.read: dict[int, Tensor] = {}
+        self.read: dict[int, tuple[Tensor, Tensor]] = {}
         self._made: set[int] = set()
         self._inputs = {_storage(tensor) for tensor in inputs}
 
@@ -45,8 +45,6 @@ class Inspection(TorchDispatchMode):
 
     def result(self, tensor: Tensor) -> Tensor:
         """Takes note of a tensor that the call returned, which no operator need have read."""
-        if tensor.requires_grad and torch.is_grad_enabled():
-            self.reason = "gradients are recorded for a tensor that is no parameter of it"
         if _plain(tensor):
             self._know(tensor, made=False)
         return tensor
@@ -92,7 +90,7 @@ class Inspection(TorchDispatchMode):
         if made:
             self._made.add(storage)
         elif storage not in self._made:
-            self.read[storage] = tensor.detach()
+            self.read[storage] = tensor.data, tensor  # detach() would refer to it, which torch.utils.swap_tensors refuses
 
 
 def _plain(tensor: Tensor) -> bool:

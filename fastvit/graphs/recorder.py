@@ -1,6 +1,7 @@
 """Records a function's launches on a GPU, for them to be made again all at once: ``torch.cuda.CUDAGraph``."""
 
 import contextlib
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -73,7 +74,11 @@ class CudaRecorder:
         outside, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
         try:
             # Other threads may go on allocating and launching meanwhile: only this one's mistakes count.
-            with _recording, torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+            with (
+                _recording,
+                _no_collector(),
+                torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
+            ):
                 result = function()
         except BaseException:
             torch.cuda.set_stream(outside)  # PyTorch's own context leaves its stream current where the end of the capture fails
@@ -90,6 +95,18 @@ class CudaRecorder:
             torch._C._cuda_releasePool(self.device.index, self.pool)
         torch.cuda.synchronize(self.device)
         self._start_afresh()
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Other graphs that are garbage are not destroyed within it, which would spoil a recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 RECORDERS: dict[str, Any] = {"cuda": CudaRecorder}  # by device type

@@ -32,6 +32,7 @@ def settings(device_type: str) -> tuple:
         torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_accumulation,
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
         torch._C._get_cudnn_sdp_enabled(),

@@ -32,6 +32,7 @@ MAX_LOOKS = 5  # a signature
 MAX_SIGNATURES = 512  # a module, unrecorded ones too
 REPLAYED = "its last call was replayed"
 NEW = "its signature is new, and recorded when it comes for the fourth time"
+GRADIENTS = "gradients are recorded for a tensor that is no parameter of it"
 CHANGED = "since the call before, a child, a weight, a setting or what was made of a weight has become another one"
 
 _thread = threading.local()
@@ -50,7 +51,7 @@ class _Entry:
 
     again: bool = False
     looks: int = 0
-    read: dict[int, Tensor] = field(default_factory=dict)
+    read: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     settled: bool = False
     refused: str | None = None
     recording: Recording | None = None
@@ -96,7 +97,7 @@ class Graphs:
                     entry = self._entry(key)
                     reason = self._why_no_recording(entry, module, run, args, kwargs, tensors)
                     reason = CHANGED if changed else reason
-                    if entry.recording is not None:
+                    if reason is None and entry.recording is not None:
                         entry.used, self.outcome = self.calls, REPLAYED
                         return entry.recording.run(tensors)[1]
         if entry is None or not entry.again or entry.settled or entry.refused is not None:
@@ -128,7 +129,7 @@ class Graphs:
             return False, None
 
         def still_holds() -> bool:
-            return not watch.replaced(module) and self._why_not_now(watch, tensors) is None
+            return not watch.replaced(module) and (self._why_not_now(watch, tensors) or _why_gradients(entry.read)) is None
 
         holds, output = entry.recording.run(tensors, still_holds)
         if holds:
@@ -168,7 +169,7 @@ class Graphs:
     ) -> str | None:
         """Why a signature has no recording, or None; one that comes again is given one."""
         if entry.recording is not None or entry.refused is not None:
-            return entry.refused
+            return entry.refused or _why_gradients(entry.read)
         if not entry.settled:
             return NEW
         if len(self.recordings) >= MAX_RECORDINGS:
@@ -187,6 +188,12 @@ class Graphs:
             entry.refused = f"it could not be recorded ({type(error).__name__}: {first_line})"
             warnings.warn(f"{type(module).__name__} runs without a CUDA graph: {entry.refused}", stacklevel=2)
         return entry.refused
+
+
+def _why_gradients(read: dict[int, tuple[Tensor, Tensor]]) -> str | None:
+    """Why a call must not be replayed: what it reads, and is no parameter of the module, wants a gradient, maybe only by now."""
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for _, tensor in read.values())
+    return GRADIENTS if wanted else None
 
 
 @contextmanager
@@ -259,4 +266,4 @@ def _why_opaque(output: Any, inspection: Inspection) -> str | None:
         mapped(output, inspection.result)
     except Unknown as error:
         return f"its result {error}"
-    return inspection.reason
+    return _why_gradients(inspection.read)

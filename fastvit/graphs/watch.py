@@ -35,6 +35,7 @@ class Watch:
         self.names = [name for name, _ in named]
         self.modules = [inner for _, inner in named]
         self.own = [inner.__dict__ for inner in self.modules]
+        self.own_tables = _tables(module.__dict__)
         tables = [table for own in (module.__dict__, *self.own) for table in _tables(own)]
         self.tables, self.empty = [table for table in tables if table], [table for table in tables if not table]
         self.children = list(chain.from_iterable(map(dict.values, self.tables)))
@@ -44,6 +45,7 @@ class Watch:
         tensors = [child for child in self.children if isinstance(child, Tensor)]
         self.why_never = _why_never(module, tensors)
         self.tensors = [] if self.why_never else tensors
+        self.square = [tensor for tensor in self.tensors if len(set(tensor.shape)) < tensor.dim()]
         self.places = self._places()
         self.rounded = [tensor for inner in module.modules() for tensor in _rounded(inner)]
         self.versions = self._versions()
@@ -53,7 +55,8 @@ class Watch:
     def replaced(self, module: nn.Module) -> bool:
         """Whether a child, a class, a tensor or a setting is another one now, or lies elsewhere."""
         return (
-            any(self.empty)
+            not all(map(operator.is_, _tables(module.__dict__), self.own_tables))  # a shallow copy's
+            or any(self.empty)
             or sum(map(len, self.tables)) != len(self.children)
             or not all(map(operator.is_, chain.from_iterable(map(dict.values, self.tables)), self.children))
             or list(map(type, self.modules)) != self.kinds
@@ -68,8 +71,12 @@ class Watch:
         return [(name, value) for own in owners for name, value in own.items() if type(value) in _PLAIN]
 
     def _places(self) -> list[list]:
-        """Where the tensors lie, and how: a slice or a transpose begins at the same address."""
-        return [list(map(look, self.tensors)) for look in (Tensor.data_ptr, Tensor.numel, Tensor.stride)]
+        """Where the tensors lie, and how: a slice begins at the same address, and a transpose, which fits if it is square."""
+        return [
+            list(map(Tensor.data_ptr, self.tensors)),
+            list(map(Tensor.numel, self.tensors)),
+            list(map(Tensor.stride, self.square)),
+        ]
 
     def _versions(self) -> list[int]:
         return [0 if tensor.is_inference() else tensor._version for tensor in self.rounded]
