@@ -334,6 +334,8 @@ def _in_8_bits(
     """(block → its parts in 8 bits, block → what the report says of it)."""
     weights: dict[str, quantized.Weights] = {}
     notes: dict[str, str] = {}
+    if isinstance(precision, Accuracy):
+        precision.check_model(model)
     name_of_format = precision.precision if isinstance(precision, Accuracy) else precision or ""
     for name, layout in layouts.items() if precision is not None else ():
         reason = quantized.why_not(model.get_submodule(name), layout)

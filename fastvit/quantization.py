@@ -7,7 +7,7 @@ they compute stay in the model's own dtype until the rest fits the loss that is 
 Pictures differ in what they lose: it is the upper end of the mean's confidence interval that has to fit.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from .integrations import quantized, swap
 from .integrations.parts import PLAIN_LINEARS, Layout, find_layout
 from .verification import eager_where_compiled, evaluated, observed
 
+INPUTS = "tensors, tuples of arguments or mappings of keywords"
 Part = tuple[str, str]  # (block name, "qkv" or "mlp")
 Paths = dict[Part, tuple[str, ...]]  # the names of its linears
 T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # Student's t, 95 %, one side, 1 to 9 degrees of freedom
@@ -35,9 +36,9 @@ class Accuracy:
     linear → relative error of its output (Frobenius norm, worst input). ``parts``: block → its parts in 8 bits. ``kept``: (block,
     part) → why it stays. ``skipped``: block → why none of it can. ``feature_cosine``: mean over output vectors, ``worst_cosine``
     their least, both of the choice; ``cosine_bound``: what the mean over pictures like these is above with 95 % confidence, None
-    for one picture; ``full_cosine``: the mean with every part in 8 bits. ``top1_agreement``: share of outputs (B, classes) with
-    the same largest entry, None for outputs of another rank. ``share``: of the blocks' linears, by multiplications, that are in
-    8 bits. ``pictures``: how many there were.
+    for one picture; a little too high, since the same pictures made the choice. ``full_cosine``: the mean with every part in 8
+    bits. ``top1_agreement``: share of outputs (B, classes) with the same largest entry, None for outputs of another rank.
+    ``share``: of the blocks' linears, by multiplications, that are in 8 bits. ``pictures``: how many there were.
     """
 
     precision: str
@@ -59,6 +60,16 @@ class Accuracy:
     def passed(self) -> bool:
         """Whether ``cosine_bound`` reaches ``min_cosine``; of one picture, whether its own cosine does."""
         return (self.feature_cosine if self.cosine_bound is None else self.cosine_bound) >= self.min_cosine
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raises ``ValueError`` where ``model`` does not have the blocks that were measured."""
+        modules = dict(model.named_modules())
+        absent = next((block for block, _ in self.losses if block not in modules), None)
+        if absent is not None:
+            raise ValueError(
+                f"precision was measured on another model: this one has no block {absent!r};"
+                " give accuracy and accelerate the same module"
+            )
 
     def __str__(self) -> str:
         name = self.precision.upper()
@@ -95,7 +106,7 @@ def accuracy(
 
     Args:
         model: any module with blocks that ``accelerate`` serves, or fastvit's own, accelerated or not, on any device.
-        inputs: what the model is called with, several times: tensors, tuples of arguments, or dictionaries of keywords. The more
+        inputs: what the model is called with, several times: tensors, tuples of arguments, or mappings of keywords. The more
             pictures they hold, the narrower the interval and the more can be chosen; a handful at least.
         precision: "fp8" or "int8".
         min_cosine: the mean cosine of the features with and without that is to be reached on pictures like these.
@@ -110,9 +121,11 @@ def accuracy(
     dtype = _format(precision)
     if not 0 < min_cosine < 1:
         raise ValueError(f"min_cosine is {min_cosine}; expected a number between 0 and 1")
-    batches = [inputs] if isinstance(inputs, Tensor | dict) else list(inputs)
+    if not isinstance(inputs, Iterable):
+        raise TypeError(f"inputs is {type(inputs).__name__}; expected {INPUTS}")
+    batches = [inputs] if isinstance(inputs, Tensor | Mapping) else list(inputs)
     if not batches:
-        raise ValueError("inputs is empty; expected tensors, tuples of arguments or dictionaries of keywords")
+        raise ValueError(f"inputs is empty; expected {INPUTS}")
     with _own_forwards(model), evaluated(model), eager_where_compiled(model):
         paths, skipped = _parts(model)
         if not paths:
@@ -165,9 +178,12 @@ def simulated(model: nn.Module, precision: "str | Accuracy" = "fp8") -> Iterator
 
     ``precision``: "fp8" or "int8" rounds every part that can be, an ``Accuracy`` those that it chose. Blocks run their own
     forwards.
+
+    Raises ``ValueError`` for another ``precision``, or an ``Accuracy`` that was measured on another model.
     """
-    name = precision if isinstance(precision, str) else precision.precision
-    dtype = _format(name)
+    if isinstance(precision, Accuracy):
+        precision.check_model(model)
+    dtype = _format(precision.precision if isinstance(precision, Accuracy) else precision)
     with _own_forwards(model):
         paths, _ = _parts(model)
         chosen = [part for part in paths if isinstance(precision, str) or part[1] in precision.parts.get(part[0], ())]
@@ -176,7 +192,7 @@ def simulated(model: nn.Module, precision: "str | Accuracy" = "fp8") -> Iterator
 
 
 def _format(precision: str) -> torch.dtype:
-    if precision not in reference_quantized.FORMATS:
+    if not isinstance(precision, str) or precision not in reference_quantized.FORMATS:
         names = " or ".join(map(repr, reference_quantized.FORMATS))
         raise ValueError(f"precision is {precision!r}; expected {names}")
     return reference_quantized.FORMATS[precision]
@@ -251,8 +267,8 @@ def _rounded(
 def _run(model: nn.Module, batches: list, features: Callable | None) -> list[Tensor]:
     found = []
     for batch in batches:
-        arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, dict) else (batch,)
-        output = model(*arguments, **(batch if isinstance(batch, dict) else {}))
+        arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
+        output = model(*arguments, **(batch if isinstance(batch, Mapping) else {}))
         found.append(_features(output, features).cpu())
     return found
 
@@ -267,7 +283,8 @@ def _features(output: Any, features: Callable | None) -> Tensor:
 
 
 def _cosine(actual: Tensor, exact: Tensor) -> Tensor:
-    return F.cosine_similarity(actual.double(), exact.double(), dim=-1)
+    found = F.cosine_similarity(actual.double(), exact.double(), dim=-1)
+    return found.masked_fill((actual == exact).all(-1), 1.0)  # of two zeros as well
 
 
 def _losses(actual: list[Tensor], exact: list[Tensor]) -> Tensor:

@@ -260,7 +260,7 @@ def _project(parts: Parts, layout: Layout, ops: Any, x: Tensor, call: Call) -> l
     heads = next(count for count in [attribute(owner, name) for name in layouts.HEAD_COUNTS] if count is not None)
     if len(names.qkv) == 1:
         packed = _linear(parts, layout, ops, names.qkv[0], x, bias=_separate_bias(owner))
-        query, key, value = packed.reshape(*packed.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     else:
         key_heads = attribute(owner, layouts.KEY_HEAD_COUNT, heads)
         projected = [_linear(parts, layout, ops, path, x) for path in names.qkv]

@@ -7,11 +7,13 @@ model's dtype: no pass before it could round its input on the way (docs/fp8.md).
 module's own, which stay as they are.
 """
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional
 from ..ops import quantized
@@ -55,6 +57,22 @@ def why_not(block: nn.Module, layout: Any) -> str | None:
     return f"the inputs of {odd[0]} are not a multiple of {ALIGNMENT}" if odd else None
 
 
+class Source:
+    """A tensor that 8-bit weights were made of, by weak references: an address, or an ``id``, may come back with another."""
+
+    def __init__(self, tensor: Tensor):
+        self.tensor, self.storage = weakref.ref(tensor), StorageWeakRef(tensor.untyped_storage())
+        self.place = _place(tensor)
+
+    def is_still(self, tensor: Tensor) -> bool:
+        same = self.tensor() is tensor and self.storage.cdata == tensor.untyped_storage()._cdata
+        return same and self.place == _place(tensor)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
 @dataclass
 class Weights:
     """The 8-bit weights of one block, made when first called for and again when what they are made of has changed.
@@ -65,7 +83,7 @@ class Weights:
 
     precision: str
     parts: frozenset[str]
-    made: dict[str, tuple[tuple, quantized.QuantizedWeight]] = field(default_factory=dict)
+    made: dict[str, tuple[list[Source], quantized.QuantizedWeight]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"precision": self.precision, "parts": self.parts, "made": {}}
@@ -81,19 +99,23 @@ class Weights:
         sources = [t for t in (linear.weight, linear.bias, layer_scale) if t is not None]
         if torch.compiler.is_compiling():
             return quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
-        state = tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in sources)
-        if found is None or found[0] != state:
+        if found is None or len(found[0]) != len(sources) or not all(map(Source.is_still, found[0], sources)):
             with torch.inference_mode(False):
-                found = state, quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
-            self.made[path] = found
+                weight = quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
+            found = self.made[path] = [Source(tensor) for tensor in sources], weight
         return found[1]
 
 
-def why_not_now(block: nn.Module, call: Call, weights: Weights, pinned: str) -> str | None:
+def why_not_now(
+    block: nn.Module, layout: Layout, weights: Weights, call: Call, pinned: str = "auto", known: Known | None = None
+) -> str | None:
     """Why a block served in 8 bits must run its own forward this time, or None."""
     x, name = call.hidden, weights.precision.upper()
     if block.training:
         return f"{name} is for inference: call model.eval()"
+    drop = _dropping(Parts(block, None if known is None else known.children), layout)
+    if drop is not None:
+        return f"{name} is for inference, and {drop} is in training mode: call model.eval()"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in block.parameters())):
         return f"{name} has no gradients: call the model under torch.no_grad() or torch.inference_mode()"
     if torch.is_autocast_enabled(x.device.type):
@@ -102,6 +124,14 @@ def why_not_now(block: nn.Module, call: Call, weights: Weights, pinned: str) -> 
     if reason is None and plain.choose_backend(pinned, x) != "triton":
         reason = "its backend is PyTorch's operators"
     return None if reason is None else f"{name} cannot serve it on {x.device}: {reason}"
+
+
+def _dropping(parts: Parts, layout: Layout) -> str | None:
+    """The path of a dropout or of a stochastic depth that is in training mode, which it can be by itself; or None."""
+    mlp, residuals = layout.mlp, layout.residuals
+    paths = [*layout.attention.drop, *(path for residual in residuals for path in (residual.drop, residual.drop_path))]
+    paths += [] if mlp is None else [mlp.hidden_drop, *mlp.drop]
+    return next((path for path in paths if path and (drop := parts.part(path)) is not None and drop.training), None)
 
 
 def compute(
@@ -159,5 +189,6 @@ class _Operators:
     def linear(self, x: Any, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
         if not isinstance(x, quantized.Quantized):
             return functional.linear(x, weight, bias, activation=activation)
-        path = next(p for p in self.layout.attention.qkv if self.parts.child(p).weight is weight)
-        return quantized.linear(x, self.weights.of(path, self.parts.child(path)), weight.dtype, activation)
+        projections = [(path, self.parts.child(path)) for path in self.layout.attention.qkv]
+        path, projection = next((p, m) for p, m in projections if m.weight is weight and m.bias is bias)  # weights may be tied
+        return quantized.linear(x, self.weights.of(path, projection), weight.dtype, activation)

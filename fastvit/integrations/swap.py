@@ -178,7 +178,7 @@ def _read(module: nn.Module, serving: Serving, args: tuple, kwargs: dict, known:
         return call
     reason = why_not_now(module, layout, call.attn_mask is not None, known)
     if reason is None and serving.weights is not None:
-        reason = quantized.why_not_now(module, call, serving.weights, serving.backend)
+        reason = quantized.why_not_now(module, layout, serving.weights, call, serving.backend, known)
     return reason or call
 
 

@@ -63,7 +63,7 @@ def quantize_weight(
     scale, bias = scale.squeeze(-1), None if bias is None else bias.float()
     if layer_scale is not None:
         scale, bias = scale * layer_scale.float(), None if bias is None else bias * layer_scale.float()
-    return QuantizedWeight(values, scale, bias)
+    return QuantizedWeight(values.contiguous(), scale.contiguous(), contiguous(bias))  # as the kernel reads them
 
 
 # --- raw operators --------------------------------------------------------------------------------------------------------
@@ -182,7 +182,10 @@ _call_linear_quantized = define(
 
 def _check(*tensors: Tensor | None) -> None:
     if wants_grad(*tensors):
-        raise RuntimeError("8-bit operators have no backward; run them under torch.no_grad() or torch.inference_mode()")
+        raise RuntimeError(
+            "8-bit operators have no backward; run them under torch.no_grad() or torch.inference_mode(), and outside of"
+            " torch.func's transforms"
+        )
 
 
 def quantize(input: Tensor, dtype: torch.dtype) -> Quantized:
