@@ -18,6 +18,7 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "BLOCK": (256, 512, 1024, 2048, 4096),
     "GROUP_M": (1, 4, 8, 16),
     "HALVINGS": (0, 1, 2),
+    "PERSISTENT": (0, 1, 2),
     "PROGRAMS": (128, 256, 512, 1024, 2048),
     "SHORT_KEYS": (0, 208, 272),
     "MAX_TOKENS": (0, 64, 128, 192, 256, 384, 512, 1024),
@@ -35,6 +36,7 @@ KNOWN: dict[str, tuple[dict[str, int], ...]] = {
         {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ),
     "linear": (
+        {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PERSISTENT": 1, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     ),

@@ -7,8 +7,8 @@
 
 Shapes: A [M, K], B [N, K], out and pre [M, N], bias [N]; strides are free, so a transposed operand is only a swap of strides
 (dx = dy · W, dW = dyᵀ · x). float16, bfloat16 and float32, summed in float32; float32 products are exact (no TF32)
-unless PyTorch itself allows TF32. Programs walk the output in groups of GROUP_M rows of tiles so that B stays in L2. Products of
-few tiles and many steps are ``linear_split``'s.
+unless PyTorch itself allows TF32. Products of few tiles and many steps are ``linear_split``'s, those whose programs stay for more
+than one tile ``linear_persistent``'s.
 Reference: ``fastvit.reference.linear``, ``mlp``.
 """
 
@@ -19,70 +19,11 @@ import triton
 import triton.language as tl
 
 from ._launch import as_matrix, input_precision, launch, row_stride, target_of
-from ._math import activate, activation_derivative
+from ._linear import finish, place, products
+from ._math import activation_derivative
 from ._plans import planned
 from ._tuning import config
-
-
-@triton.jit
-def load_operand(ptrs, row_inside, k_inside, TRANSPOSED: tl.constexpr, EVEN_K: tl.constexpr):
-    if TRANSPOSED:
-        if EVEN_K:
-            return tl.load(ptrs, mask=row_inside, other=0.0)
-        else:
-            return tl.load(ptrs, mask=row_inside & k_inside, other=0.0)
-    elif EVEN_K:
-        return tl.load(ptrs)
-    else:
-        return tl.load(ptrs, mask=k_inside, other=0.0)
-
-
-@triton.jit
-def finish(
-    acc,
-    m,
-    first_n,
-    bias_ptr,
-    pre_ptr,
-    out_ptr,
-    hidden_ptr,
-    M,
-    N,
-    stride_pre_m,
-    stride_out_m,
-    ACTIVATION: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    EXACT: tl.constexpr,
-    HALVINGS: tl.constexpr,
-):
-    """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear``'s. Each halving takes
-    the columns in two parts, one after the other: fewer registers, so that two programs share a multiprocessor."""
-    columns: tl.constexpr = acc.shape[1]
-    if HALVINGS > 0:
-        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, columns // 2)), (0, 2, 1)))
-        # fmt: off
-        finish(left, m, first_n, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
-        finish(right, m, first_n + columns // 2, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
-        # fmt: on
-    else:
-        n = first_n + tl.arange(0, columns)
-        inside = (m < M)[:, None] & (n < N)[None, :]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        pre_ptrs = pre_ptr + m[:, None] * stride_pre_m + n[None, :] if pre_ptr is not None else None
-        if BACKWARD:
-            pre = tl.load(pre_ptrs, mask=inside, other=0.0).to(tl.float32)
-            if hidden_ptr is not None:
-                hidden = activate(pre, ACTIVATION, EXACT)
-                tl.store(hidden_ptr + m[:, None] * N + n[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
-            acc *= activation_derivative(pre, ACTIVATION, EXACT)
-        else:
-            if pre_ptr is not None:
-                tl.store(pre_ptrs, acc.to(pre_ptr.dtype.element_ty), mask=inside)
-            acc = activate(acc, ACTIVATION, EXACT)
-        tl.store(out_ptr + m[:, None] * stride_out_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=inside)
+from .linear_persistent import _linear_persistent, programs_of
 
 
 @triton.jit
@@ -117,23 +58,9 @@ def _linear(
     GROUP_M: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    group_rows = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + (program % (GROUP_M * tiles_n)) % group_rows
-    tile_n = (program % (GROUP_M * tiles_n)) // group_rows
-
+    tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored. A transposed
-    # operand is masked, since clamping would hide from the compiler that its rows are adjacent in memory.
-    a_row = m if A_TRANSPOSED else tl.minimum(m, M - 1)
-    b_row = n if B_TRANSPOSED else tl.minimum(n, N - 1)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :] * stride_a_k
-    b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
     first_k = 0
     last_k = K
     if SPLIT:
@@ -141,14 +68,9 @@ def _linear(
         first_k = split * depth
         last_k = tl.minimum(first_k + depth, K)
         out_ptr += split.to(tl.int64) * M * N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for start in range(first_k, last_k, BLOCK_K):
-        offset = tl.cast(start, tl.int64)
-        a = load_operand(a_ptrs + offset * stride_a_k, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)
-        b = load_operand(b_ptrs + offset * stride_b_k, (n < N)[None, :], (k < K - start)[:, None], B_TRANSPOSED, EVEN_K)
-        acc = tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
-
     # fmt: off
+    acc = products(a_ptr, b_ptr, m, n, M, N, K, first_k, last_k, stride_a_m, stride_a_k, stride_b_n, stride_b_k,
+                   A_TRANSPOSED, B_TRANSPOSED, EVEN_K, INPUT_PRECISION, BLOCK_K)
     finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
            ACTIVATION, BACKWARD, EXACT, HALVINGS)
     # fmt: on
@@ -186,24 +108,21 @@ def launch_linear(
     """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1. All but b may be
     contiguous with more dimensions instead."""
     op, row = row_for(a, b, backward)
-    launch(
-        op,
-        _linear,
-        (tiles(a, b, row),),
-        a,
-        row,
-        bias_ptr=bias,
-        pre_ptr=pre,
-        out_ptr=out,
-        hidden_ptr=hidden,
-        depth=a.shape[-1],
-        stride_pre_m=row_stride(pre),
-        stride_out_m=row_stride(out),
-        SPLIT=False,
-        ACTIVATION=activation or "none",
-        BACKWARD=backward,
-        **operands(a, b, row),
-    )
+    arguments = operands(a, b, row) | {
+        "bias_ptr": bias,
+        "pre_ptr": pre,
+        "out_ptr": out,
+        "stride_pre_m": row_stride(pre),
+        "stride_out_m": row_stride(out),
+        "ACTIVATION": activation or "none",
+    }
+    count = tiles(a, b, row)
+    if not backward and (programs := programs_of(a, b, count, row)):
+        known = {name: value for name, value in arguments.items() if name in _linear_persistent.arg_names}
+        launch(op, _linear_persistent, (programs,), a, row, **known)
+    else:
+        alone = {"hidden_ptr": hidden, "depth": a.shape[-1], "SPLIT": False, "BACKWARD": backward}
+        launch(op, _linear, (count,), a, row, **arguments, **alone)
 
 
 def row_of(target: str, backward: bool, element_size: int, rows: int, columns: int, depth: int) -> tuple[str, dict[str, int]]:

@@ -1,12 +1,20 @@
 """linear and mlp against float64, on both backends."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels import linear_split
+from fastvit.kernels import linear, linear_persistent, linear_split
+from fastvit.kernels._launch import record
 from fastvit.kernels._tuning import config, override
 
 import fastvit
+from benchmarks import candidates, tune
+from benchmarks.tuning_bench import digest
 from fastvit import functional, reference
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, lay_out
@@ -211,6 +219,108 @@ def test_what_is_split(shape, split):
 
 def _named(rows, columns, depth):
     return {"rows": rows, "columns": columns, "depth": depth}
+
+
+# --- programs that stay ------------------------------------------------------------------------------------------------------
+
+TILE = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
+
+
+@pytest.fixture
+def three_multiprocessors(monkeypatch):
+    monkeypatch.setattr(linear_persistent, "multiprocessors", lambda tensor: 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "activation", "each"),
+    [
+        ((40, 97, 16), torch.float32, "gelu", 1),
+        ((64, 128, 32), torch.bfloat16, "gelu", 2),
+        ((1, 250, 48), torch.bfloat16, None, 1),
+    ],
+    ids=["edges", "whole tiles, two programs a multiprocessor", "one row"],
+)
+def test_programs_that_stay_give_the_same_bits(device, three_multiprocessors, shape, dtype, activation, each):
+    """As one program a tile: output and pre-activation, edges, a number of tiles that the programs do not divide."""
+    x, weight, bias = _arguments(*shape, dtype, device).values()
+    found = []
+    for knob, kernel in ((0, linear._linear), (each, linear_persistent._linear_persistent)):
+        for with_bias, keep in ((bias, True), (None, False)):
+            out, pre = (torch.full(shape[:2], float("nan"), dtype=dtype, device=device) for _ in range(2))
+            arguments = x, weight, with_bias, out, pre if keep else None, None, activation
+            with override("linear", TILE | {"HALVINGS": 1, "PERSISTENT": knob}):
+                with record("sm_90") as launches:
+                    linear.launch_linear(*arguments)
+                linear.launch_linear(*arguments)
+            assert [launch.kernel for launch in launches] == [kernel]
+            assert launches[0].grid == ((3 * each,) if knob else (linear.tiles(x, weight, TILE),))
+            assert out.isfinite().all()
+            found.append((out, pre.nan_to_num()))
+    for plain, staying in zip(found[:2], found[2:], strict=True):
+        assert all(map(torch.equal, plain, staying))
+
+
+@pytest.mark.parametrize(
+    ("shape", "transposed"),
+    [((64, 32, 16), ""), ((128, 64, 40), ""), ((128, 64, 32), "input"), ((128, 64, 32), "weight"), ((0, 64, 32), "")],
+    ids=["a tile a program at most", "rows that begin at no multiple of 16", "input transposed", "weight transposed", "batch 0"],
+)
+def test_what_programs_do_not_stay_for(device, three_multiprocessors, shape, transposed):
+    """One program a tile there, the very same launch: to the tuner a candidate that was measured already."""
+    x, weight, bias = _arguments(*shape, torch.bfloat16, device).values()
+    x, weight = (t.t().contiguous().t() if name == transposed else t for name, t in (("input", x), ("weight", weight)))
+    digests = []
+    for knob in (0, 1):
+        with override("linear", TILE | {"PERSISTENT": knob}), record("sm_90") as launches:
+            linear.launch_linear(x, weight, bias, x.new_empty(shape[:2]), None, None, "gelu")
+        assert all(launch.kernel is linear._linear for launch in launches)
+        assert len(launches) == bool(shape[0])
+        digests.append(digest(launches))
+    assert digests[0] == digests[1]
+
+
+def test_the_tuner_measures_programs_that_stay():
+    """Among the near candidates of the large product's row, at the tile that is worth it."""
+    committed = config("linear", "sm_90", element_size=2, **_named(65792, 5120, 1280))
+    near = candidates.grid(committed, "linear")[: tune.NEAR]
+    assert any(found["PERSISTENT"] and found["BLOCK_N"] == 256 for found in near)
+    assert not committed["PERSISTENT"]
+
+
+COMPILED = """
+import torch
+from benchmarks.static import compilation, inspection
+from fastvit.kernels import linear
+from fastvit.kernels._launch import record
+from fastvit.kernels._tuning import config, override
+
+shapes = (65792, 1280), (5120, 1280), (5120,), (65792, 5120), (65792, 5120)
+x, weight, bias, out, pre = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+row = config("linear", "sm_90", element_size=2, rows=65792, columns=5120, depth=1280)
+with override("linear", row | {"BLOCK_N": 256, "PERSISTENT": 1}), record("sm_90") as launches:
+    linear.launch_linear(x, weight, bias, out, pre, None, "gelu")
+job = compilation.Job(launches[0], *compilation.specialize(launches[0], "sm_90"), asked_by=["fc1"])
+report = compilation.compile_job(job, "sm_90")
+print(report.kernel, report.stack, report.tensor_core["HGMMA"], report.shared >= 3 * 2 * 64 * (128 + 256))
+print(*inspection.problems(report, 232448, []))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.aot
+def test_programs_that_stay_compile_for_hopper():
+    """ViT-H's fc1 in training: no stack, wgmma, and in shared memory the three stages without which nothing is loaded ahead."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED],
+        cwd=root,
+        env=environment | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.stdout == "_linear_persistent 0 4 True\n\n", ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("op", ["linear", "linear_backward"])
