@@ -110,3 +110,11 @@ def float8(model: nn.Module) -> nn.Module:
         raise RuntimeError(f"float8 needs compute capability 8.9; this device has {have[0]}.{have[1]}")
     quantize_(model, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return model
+
+
+def int8(model: nn.Module) -> nn.Module:
+    """torchao's dynamic int8 on the model's linears in place, weights by output row, activations by token."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # type: ignore[import-not-found]
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return model

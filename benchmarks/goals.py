@@ -4,6 +4,7 @@
 
 A goal asks one number of a row, at least or at most; ``GOALS`` is all of them. A ratio to peers is the slowest of ours against
 the fastest of those named that computes the same. What a file has no row for is not measured, and what failed is missed.
+``INFORMATION`` is shown beside them and asks nothing.
 """
 
 import fnmatch
@@ -72,7 +73,7 @@ COMPILED = ("compile", "compile_max_autotune")
 
 @dataclass(frozen=True)
 class Goal:
-    """``cases``: globs of names; ``least`` or ``most`` with the unit in ``unit``, empty for a ratio."""
+    """``cases``: globs of names; ``least`` or ``most``, neither for information, with the unit in ``unit``, empty for a ratio."""
 
     title: str
     op: str
@@ -84,6 +85,8 @@ class Goal:
     unit: str = ""
 
     def wanted(self) -> str:
+        if self.least is None and self.most is None:
+            return "–"
         bound = f"≥ {self.least:g}" if self.least is not None else f"≤ {self.most:g}"
         return bound + (f" {self.unit}" if self.unit else "")
 
@@ -164,6 +167,10 @@ GOALS = [
     Goal("FP8, cosine of the features", "*", "forward", ("*, fp8",), field("cosine"), 0.999),
     Goal("training step, over torch.compile", "training", "step", ("*",), over(*COMPILED), 1.1),
 ]
+INFORMATION = [
+    Goal("INT8 over our bf16", "*", "forward", ("*, int8",), field("vs_bf16")),
+    Goal("INT8, cosine of the features", "*", "forward", ("*, int8",), field("cosine")),
+]
 
 
 @dataclass(frozen=True)
@@ -179,6 +186,8 @@ class Finding:
     def verdict(self) -> str:
         if self.value is None:
             return self.why
+        if self.goal in INFORMATION:
+            return "information"
         return "met" if self.goal.met(self.value) else "missed"
 
 
@@ -211,11 +220,12 @@ def named(row: Row, cases: Iterable[str], direction: str) -> bool:
 
 def listed(rows: list[Row]) -> list[str]:
     """A line a finding, and a count of them."""
-    found = list(findings(rows))
+    found = [*findings(rows), *findings(rows, INFORMATION)]
     lines = [f"{'goal':58} {'case':36} {'wanted':>16} {'found':>9}  verdict"]
     for one in found:
         value = "-" if one.value is None else f"{one.value:.4g}"
         lines.append(f"{one.goal.title[:58]:58} {one.case[:36]:36} {one.goal.wanted():>16} {value:>9}  {one.verdict}")
+    found = [one for one in found if one.goal not in INFORMATION]
     count = {what: sum(one.verdict.startswith(what) for one in found) for what in ("met", "missed", "not measured")}
     return [*lines, ", ".join(f"{number} {what}" for what, number in count.items())]
 
@@ -223,11 +233,11 @@ def listed(rows: list[Row]) -> list[str]:
 def table(rows: list[Row]) -> list[str]:
     """A line of Markdown a goal: the worst of its rows."""
     lines = ["| goal | wanted | worst | |", "|---|---|---|---|"]
-    for goal in GOALS:
+    for goal in (*GOALS, *INFORMATION):
         found = list(findings(rows, [goal]))
         valued = [one for one in found if one.value is not None]
         failed = [one for one in found if one.verdict.startswith("missed: ")]
-        worst = (min if goal.least is not None else max)(valued, key=lambda one: one.value or 0.0, default=None)
+        worst = (max if goal.most is not None else min)(valued, key=lambda one: one.value or 0.0, default=None)
         missing = len(found) - len(valued)
         says = "missed" if failed else worst.verdict if worst else "not measured"
         if missing and worst and not failed:

@@ -70,7 +70,7 @@ def run_tests(out: Path, part: str) -> int:
 def run_smoke(job: suite.Run) -> int:
     """Every kernel once; the outcomes go to ``gpu-smoke.json`` in the folder."""
     settings = Settings(job.device, {}, dry=job.dry)
-    chosen = smoke.items(lambda name: job.matches({"case": name}))
+    chosen = smoke.items(lambda name: job.matches({"case": name}), settings)
     found = smoke.run(chosen, settings, job.deadline_s)
     wrong = [told for told in found if told.error is None]
     print(f"{len(found) - len(wrong)} of {len(found)} right")

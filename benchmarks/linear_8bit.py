@@ -95,8 +95,7 @@ class Operands:
         self.residual = torch.randn(case.rows, n, **half) if case.kind == "fc2" else None
         self.activation = "gelu" if case.kind == "fc1" else None
         self.block = reference_quantized.BLOCK if case.kind == "fc2" else None
-        values, scale = reference_quantized.quantize(self.x, self.form, self.block)
-        self.rounded = quantized.Quantized(values, scale.t().contiguous() if self.block else scale.flatten())
+        self.rounded = by_definition(self.x, case.precision, self.block)
         self.rounded_weight = quantized.quantize_weight(self.weight, self.form, self.bias)
 
     def exact(self, rounded: bool) -> Tensor:
@@ -121,6 +120,12 @@ class Operands:
 def _dequantized(rounded: quantized.Quantized, block: int | None) -> Tensor:
     scale = rounded.scale.t() if block else rounded.scale[:, None]
     return reference_quantized.dequantize(rounded.values, scale, block)
+
+
+def by_definition(x: Tensor, precision: str, block: int | None = None) -> quantized.Quantized:
+    """x (rows, columns) rounded as the kernels round, scales as they want them."""
+    values, scale = reference_quantized.quantize(x, quantized.FORMATS[precision], block)
+    return quantized.Quantized(values, scale.t().contiguous() if block else scale.flatten())
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor, *, activation: str | None) -> Tensor:
@@ -158,6 +163,19 @@ def _int_mm(on: Operands) -> Call:
     return lambda: on.finish((torch._int_mm(values, weight) * (scale * weight_scale) + on.bias).bfloat16())
 
 
+def check(precision: str, out: Any, exact: Tensor, block: int | None) -> float:
+    """The error of what a kernel returned, a tensor in bf16 or ``Quantized``, against float64. Raises ``WrongResult``."""
+    if not isinstance(out, quantized.Quantized):
+        return accuracy.check("fastvit", [out], [exact], torch.bfloat16)
+    (error,) = accuracy.errors([_dequantized(out, block)], [exact])
+    allowed = ROUNDED_ERROR[precision]
+    if not (error.overall <= allowed and error.row <= 4 * allowed):
+        raise accuracy.WrongResult(
+            f"fastvit errs by {error.overall:.2g}, {error.row:.2g} in a row, allowed {allowed}, {4 * allowed}"
+        )
+    return error.overall
+
+
 def run(case: Case, row: results.Row, settings: Settings) -> None:
     """Fills the row; a wrong result of ours gets an ``error`` and no time."""
     row |= {"gflop": case.flops / 1e9, "mbyte": case.bytes / 1e6}
@@ -183,13 +201,7 @@ def run(case: Case, row: results.Row, settings: Settings) -> None:
         else:
             build = Operands.ours
         out: Any = build(sets[0])()
-        if isinstance(out, quantized.Quantized):
-            error = accuracy.relative_error([_dequantized(out, reference_quantized.BLOCK)], [exact])
-            if not error <= ROUNDED_ERROR[case.precision]:
-                raise accuracy.WrongResult(f"fastvit errs by {error:.2g}, allowed {ROUNDED_ERROR[case.precision]}")
-            row["max_error"] = error
-        else:
-            row["max_error"] = accuracy.check("fastvit", [out], [exact], torch.bfloat16)
+        row["max_error"] = check(case.precision, out, exact, reference_quantized.BLOCK)
         timing = time_of(build)
         row |= {"ours_ms": timing.ms, "ours_spread": timing.spread, "peak_mb": timing.peak_mb}
         row["timed"], row["events_ms"] = {"fastvit": timing.timed}, {"fastvit": timing.events_ms}

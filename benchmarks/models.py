@@ -3,8 +3,8 @@
 ViT-B, -L and -H at 224 px, batch 1, 8, 64 and 256; DINOv2-L at 518 px. A row has the median and 95th percentile of the latency,
 images a second, peak memory above the weights, joules an image, and ``mfu``: FLOPs (``floors``) over time, of what a large matrix
 product reaches. Peers: the model written out (``eager``) and with PyTorch's fused attention (``sdpa``), compiled by default and
-with max-autotune, whose CUDA graphs are its own, ONNX Runtime in float16 and TensorRT. Rows in FP8 compete with torchao's
-float8, have the ``cosine`` of their features with float32's, and ``vs_bf16``: how much faster than fastvit in bf16.
+with max-autotune, whose CUDA graphs are its own, ONNX Runtime in float16 and TensorRT. Rows in FP8 and INT8 compete with what
+torchao has of them, have the ``cosine`` of their features with float32's, and ``vs_bf16``: how much faster than fastvit in bf16.
 """
 
 import copy
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import quantization
 from fastvit._torchvision import ensure_importable
+from fastvit.reference_quantized import FORMATS
 
 from . import contest, exports, floors, results
 from .settings import Settings, Task
@@ -33,7 +34,8 @@ NAMES = {
 SIZES = ("ViT-B/16", "ViT-L/16", "ViT-H/14")
 CASES = [(name, 224, batch) for batch in (256, 1, 8, 64) for name in SIZES]  # what is asked for most comes first
 CASES += [("DINOv2-L/14", 518, batch) for batch in (8, 1, 32)]
-FP8_CASES = [("ViT-L/16", 224, 64), ("ViT-H/14", 224, 64), ("ViT-L/16", 224, 256), ("ViT-H/14", 224, 256)]
+CASES_IN_8_BITS = [("ViT-L/16", 224, 64), ("ViT-H/14", 224, 64), ("ViT-L/16", 224, 256), ("ViT-H/14", 224, 256)]
+TORCHAO = {"fp8": ("torchao_float8", exports.float8), "int8": ("torchao_int8", exports.int8)}
 DRY = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
@@ -65,11 +67,12 @@ def vit_gflop(name: str, image: int, settings: Settings) -> float:
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
-    for cases, run, precision in ((CASES, run_vit, ""), (FP8_CASES, run_fp8, ", fp8")):
+    kinds = ((CASES, run_vit, ""), *((CASES_IN_8_BITS, run_in_8_bits, precision) for precision in FORMATS))
+    for cases, run, precision in kinds:
         for name, image, batch in cases:
-            title = f"{name} {image}, batch {batch}{precision}"
+            title = f"{name} {image}, batch {batch}" + (f", {precision}" if precision else "")
             shape = [min(batch, 2) if settings.dry else batch, 3, image, image]
-            row = results.new_row(title, "model", "forward", "fp8" if precision else settings.dtype, shape)
+            row = results.new_row(title, "model", "forward", precision or settings.dtype, shape)
             yield Task(row, functools.partial(run, name, image))
 
 
@@ -122,38 +125,40 @@ def run_vit(name: str, image: int, row: results.Row, settings: Settings) -> None
         contest.run(row, settings, exact, others, ours)
 
 
-def in_fp8(model: nn.Module, x: Tensor, row: results.Row, settings: Settings) -> contest.Call:
-    """The accelerated model in FP8; a dry run, which has no GPU, simulates it."""
+def in_8_bits(model: nn.Module, x: Tensor, row: results.Row, settings: Settings) -> contest.Call:
+    """The model accelerated in the row's format; a dry run, which has no GPU, simulates it."""
+    precision = row["dtype"]
     if settings.dry:
-        run: Callable[[Tensor], Tensor] = functools.partial(_simulated, accelerated(model, row))
+        run: Callable[[Tensor], Tensor] = functools.partial(_simulated, accelerated(model, row), precision)
     else:
-        run = accelerated(model, row, precision="fp8")
-        row["fp8_blocks"] = sum("; in FP8: " in text for text in fastvit.report(run).replaced.values())
-        if not row["fp8_blocks"]:
-            raise RuntimeError("no block of the model is served in FP8")
+        run = accelerated(model, row, precision=precision)
+        row[f"{precision}_blocks"] = sum(f"; in {precision.upper()}: " in text for text in fastvit.report(run).replaced.values())
+        if not row[f"{precision}_blocks"]:
+            raise RuntimeError(f"no block of the model is served in {precision.upper()}")
     call = contest.inference(run, x)
     call()  # rounds the weights, which a compiled graph would do at every call
     return call
 
 
-def _simulated(model: nn.Module, x: Tensor) -> Tensor:
-    with quantization.simulated(model):
+def _simulated(model: nn.Module, precision: str, x: Tensor) -> Tensor:
+    with quantization.simulated(model, precision):
         return model(x)
 
 
-def run_fp8(name: str, image: int, row: results.Row, settings: Settings) -> None:
+def run_in_8_bits(name: str, image: int, row: results.Row, settings: Settings) -> None:
     model, x, exact = subject(name, image, row, settings)
-    compete_in_fp8(model, x, exact, row, settings)
+    compete_in_8_bits(model, x, exact, row, settings)
 
 
-def compete_in_fp8(model: nn.Module, x: Tensor, exact: Tensor, row: results.Row, settings: Settings) -> None:
-    """Fills the row with FP8's contestants, and with what fastvit takes for the same in bf16."""
+def compete_in_8_bits(model: nn.Module, x: Tensor, exact: Tensor, row: results.Row, settings: Settings) -> None:
+    """Fills the row with its format's contestants, and with what fastvit takes for the same in bf16."""
+    peer, theirs_of = TORCHAO[row["dtype"]]
     small = row["shape"][0] <= contest.GRAPHED_UP_TO
     rule = contest.Cosine()
     rule.found |= row.get("cosines", {})
-    theirs = functools.cache(lambda: contest.inference(exports.float8(copy.deepcopy(model)), x))
-    others = contest.variants("torchao_float8", theirs, small, autotuned=True)
-    ours = contest.variants("accelerated_fp8", functools.partial(in_fp8, model, x, row, settings), small)
+    theirs = functools.cache(lambda: contest.inference(theirs_of(copy.deepcopy(model)), x))
+    others = contest.variants(peer, theirs, small, autotuned=True)
+    ours = contest.variants(f"accelerated_{row['dtype']}", functools.partial(in_8_bits, model, x, row, settings), small)
     found = contest.run(row, settings, exact, others, ours, rule)
     row["cosines"] = rule.found
     if row["ours_ms"]:

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from . import contest, goals, results
+from . import contest, goals, models, results
 from .settings import Settings, Task
 
 PLAIN, FLEX, COMPILE, MAX_AUTOTUNE, FIRST_CALL_PROCESS = 0.7, 8.0, 4.0, 12.0, 10.0  # seconds, an operator's
@@ -58,6 +58,7 @@ FIRST = (
     ),
     Pick("sam", ("SAM-? encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
     Pick("models", ("ViT-L/16 224, batch 64, fp8",), only=("torchao_float8_compile", "accelerated*")),
+    Pick("models", ("ViT-L/16 224, batch 64, int8",), only=("accelerated*",)),
     Pick("attention", goals.LENGTHS_64, "backward", FUSED),
     Pick("attention", ("SAM mask decoder, *",), only=FUSED),
     Pick("attention", (*goals.GLOBAL, "SAM-B window"), only=WITH_POSITIONS),
@@ -90,8 +91,9 @@ def contestants(row: results.Row) -> list[str]:
         return list(contest.variants(name, lambda: lambda: None, small, autotuned, compiled))  # type: ignore[arg-type,return-value]
 
     graphs = [f"{'fastvit' if row['op'] == 'sam' else 'accelerated'}_cuda_graphs"] if small else []
-    if row["case"].endswith("fp8"):
-        return [*variants("torchao_float8", True), *variants("accelerated_fp8"), *variants("accelerated")]
+    if row["dtype"] in models.TORCHAO:
+        theirs = variants(models.TORCHAO[row["dtype"]][0], True)
+        return [*theirs, *variants(f"accelerated_{row['dtype']}"), *variants("accelerated")]
     if row["op"] == "model":
         exported = ["onnxruntime", *(["onnxruntime_graph"] if small else []), "tensorrt"]
         return ["eager", *variants("sdpa", True, "compile"), *exported, *variants("accelerated"), *graphs]

@@ -2,7 +2,7 @@
 
 Peers, all with the same random weights: segment_anything's encoder and transformers' SDPA mode, eager and compiled; and
 segment_anything's with the relative positions folded into channels, or as FlexAttention's score_mod (``ways``). At batch 1 each,
-ours as theirs, is a CUDA graph too. One row more has the encoder in FP8 (as ``models``).
+ours as theirs, is a CUDA graph too. Two rows more have the encoder in FP8 and INT8 (as ``models``).
 End to end, the decoder in float32: one image encoded and one point decoded; and masks of everything in a photograph-sized
 picture, 1024 points of a grid, by either library's ``SamAutomaticMaskGenerator``.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastvit
 from fastvit._torchvision import ensure_importable
+from fastvit.reference_quantized import FORMATS
 
 from . import contest, floors, image_peers, models, peers, results
 from .settings import Settings, Task
@@ -218,7 +219,7 @@ def rated(predictor: Any, pixels: Any, count: int) -> tuple[Tensor, Tensor]:
     return low_res, quality
 
 
-FP8_BATCH = 8
+BATCH_IN_8_BITS = 8
 
 
 def tasks(settings: Settings) -> Iterator[Task]:
@@ -232,7 +233,8 @@ def tasks(settings: Settings) -> Iterator[Task]:
     for batch in (8, 1):
         for name in SIZES:
             yield task(f"{name} encoder, batch {batch}", name, batch, run_encoder)
-    yield task(f"SAM-H encoder, batch {FP8_BATCH}, fp8", "SAM-H", FP8_BATCH, run_fp8, "fp8")
+    for precision in FORMATS:
+        yield task(f"SAM-H encoder, batch {BATCH_IN_8_BITS}, {precision}", "SAM-H", BATCH_IN_8_BITS, run_in_8_bits, precision)
     for name in SIZES:
         yield task(f"{name} encode + 1 point", name, 1, run_prompt)
         yield task(f"{name} masks of everything", name, 1, run_everything)
@@ -308,10 +310,10 @@ def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
     contest.run(row, settings, subject.exact, others, ours)
 
 
-def run_fp8(name: str, row: results.Row, settings: Settings) -> None:
+def run_in_8_bits(name: str, row: results.Row, settings: Settings) -> None:
     subject = Subject(name, row, settings, lambda sam: sam.image_encoder)
     encoder = subject.original().image_encoder  # fastvit's own is no subject of ``accelerate``
-    models.compete_in_fp8(encoder, subject.x, subject.exact, row, settings)
+    models.compete_in_8_bits(encoder, subject.x, subject.exact, row, settings)
 
 
 def run_prompt(name: str, row: results.Row, settings: Settings) -> None:

@@ -89,7 +89,7 @@ BATCH = re.compile(r"(?P<model>.*), batch (?P<batch>\d+)(?P<rest>.*)")
 
 
 def by_batch(rows: Iterable[Row]) -> list[Row]:
-    """Rows of one model together, in order of their batch; models as they first came, those in FP8 behind the others."""
+    """Rows of one model together, in order of their batch; models as they first came, those in 8 bits behind the others."""
     rows = list(rows)
     found = [BATCH.fullmatch(row["case"]) for row in rows]
     names = [
@@ -139,10 +139,13 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
     return lines
 
 
-def fp8_table(rows: Iterable[Row]) -> list[str]:
-    """What FP8 gives over fastvit's own bf16, and what it costs; nothing where no row is in FP8."""
+def table_in_8_bits(rows: Iterable[Row]) -> list[str]:
+    """What FP8 and INT8 give over fastvit's own bf16, and what they cost; nothing where no row is in 8 bits."""
     rows = [row for row in rows if row.get("vs_bf16")]
-    lines = ["| in FP8 | fastvit in bf16 | fastvit in FP8 | times as fast | cosine of the features |", "|---|---|---|---|---|"]
+    lines = [
+        "| in 8 bits | fastvit in bf16 | fastvit in 8 bits | times as fast | cosine of the features |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [row["case"], duration(row["bf16_ms"]), duration(row["ours_ms"]), f"{row['vs_bf16']:.2f}", f"{row['cosine']:.5f}"]
         lines.append("| " + " | ".join(cells) + " |")
@@ -165,11 +168,11 @@ def everyone_table(rows: Iterable[Row]) -> list[str]:
 
 
 def model_section(rows: list[Row], result: Result) -> list[str]:
-    """The tables of whole models: on a GPU, where contestants are many, the fastest peer's, FP8, and then everyone's."""
+    """The tables of whole models: on a GPU, where contestants are many, the fastest peer's, 8 bits, and then everyone's."""
     if result.get("gpu", "none") == "none":
         return model_table(rows)
     rows = by_batch(rows)
-    parts = [model_table(rows, everyone=False), fp8_table(rows), everyone_table(rows)]
+    parts = [model_table(rows, everyone=False), table_in_8_bits(rows), everyone_table(rows)]
     return [line for part in parts if part for line in (*part, "")]
 
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu --part smoke
 
-Forward and backward of every case on the Triton backend, held to float64 as the benchmarks hold it. Each process has a GPU
-context of its own: one that a kernel breaks, or that hangs, is replaced, and the rest goes on. The first case of every operator
-comes first. Compiled kernels stay in Triton's cache, so that the parts that time them need not wait for them again.
+Forward and backward of every case on the Triton backend, and the 8-bit kernels, held to float64 as the benchmarks hold them. Each
+process has a GPU context of its own: one that a kernel breaks, or that hangs, is replaced, and the rest goes on. The first case
+of every operator comes first, 8 bits last. Compiled kernels stay in Triton's cache, so that the parts that time them need not
+wait for them again.
 """
 
 import json
@@ -17,17 +18,19 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastvit
 
-from . import accuracy, cases, first_call, operators, peers, results
+from . import accuracy, cases, first_call, operators, peers, results, smoke_8bit
 from .settings import Settings
 
 PROCESSES = 6  # what the float64 references take beside each other fits a GPU of 80 GB
 LIMIT_S = 120.0  # one item, compiling included
 OUT_OF_MEMORY = "out of memory"
+IN_8_BITS = "8 bits"
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,13 @@ class Item:
     direction: str
 
     @property
-    def case(self) -> cases.Case:
-        return cases.ALL[self.part][self.index]
+    def case(self) -> Any:
+        return smoke_8bit.CASES[self.index] if self.part == IN_8_BITS else cases.ALL[self.part][self.index]
 
     @property
     def name(self) -> str:
-        return f"{self.case.op} {self.case.name} {self.direction}"
+        what = self.case.precision if self.part == IN_8_BITS else self.direction
+        return f"{self.case.op} {self.case.name} {what}"
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,25 @@ class Outcome:
     seconds: float = 0.0
 
 
-def items(matches: Callable[[str], bool] = lambda name: True) -> list[Item]:
+def items(matches: Callable[[str], bool] = lambda name: True, settings: Settings | None = None) -> list[Item]:
+    """All there are, those left out whose format the device of ``settings`` has not."""
     places = [(part, index) for part, group in cases.ALL.items() for index in range(len(group))]
     firsts = first_call.one_of_each()
     ordered = firsts + [place for place in places if place not in firsts]
-    both = [Item(*place, direction) for place in ordered for direction in ("forward", "backward")]
-    return [item for item in both if matches(item.case.name)]
+    found = [Item(*place, direction) for place in ordered for direction in ("forward", "backward")]
+    for index, case in enumerate(smoke_8bit.CASES):
+        if settings is None or smoke_8bit.why_not(case, settings) is None:
+            found.append(Item(IN_8_BITS, index, "forward"))
+    return [item for item in found if matches(item.case.name)]
 
 
 def check(item: Item, settings: Settings) -> float:
     """The error of the kernel, against float64. Raises ``WrongResult``, or whatever compiling and launching raise."""
-    case, dtype = operators.subject(item.case, settings), cases.DTYPES[settings.dtype]
     torch.manual_seed(0)
+    if item.part == IN_8_BITS:
+        with torch.no_grad():
+            return item.case.check(settings)
+    case, dtype = operators.subject(item.case, settings), cases.DTYPES[settings.dtype]
     inputs = case.inputs(dtype, settings.device, item.direction != "forward")
     ours, exact_function, competing = peers.contestants(case)
     with torch.no_grad():

@@ -95,6 +95,17 @@ def test_fp8_first_calls_and_launches():
     assert verdicts(rows, "launch, on the CPU") == {"fc1": "missed"}
 
 
+def test_int8_is_shown_and_asked_nothing():
+    rows = [row("model", "ViT-L/16 224, batch 64, int8", ours_ms=1.0, vs_bf16=0.7, cosine=0.9999)]
+    assert not any(one.case == rows[0]["case"] for one in goals.findings(rows))
+    rows.append(row("sam", "SAM-H encoder, batch 8, int8", ours_ms=1.0, vs_bf16=1.3, cosine=0.99995))
+    *lines, count = goals.listed(rows)
+    line = next(line for line in lines if line.startswith("INT8 over our bf16 "))
+    assert line.split()[-3:] == ["–", "0.7", "information"]
+    assert count.startswith("0 met, 0 missed, ")
+    assert "| INT8, cosine of the features | – | 0.9999, ViT-L/16 224, batch 64, int8 | information |" in goals.table(rows)
+
+
 def test_what_failed_is_missed():
     rows = [row("training", "ViT-B/16 224, batch 64", "step", error="WrongResult: x")]
     title = "training step, over torch.compile"
@@ -120,4 +131,4 @@ def test_printed_from_a_file(tmp_path, capsys):
 
 def test_names_that_goals_and_plans_go_by():
     assert {case.name for case in cases.ATTENTION} >= {*goals.LENGTHS_64, *goals.LENGTHS_80}
-    assert [len(list(part.tasks(EVERYTHING))) for part in (models, sam, training)] == [19, 13, 2]
+    assert [len(list(part.tasks(EVERYTHING))) for part in (models, sam, training)] == [23, 14, 2]

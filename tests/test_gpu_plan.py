@@ -8,9 +8,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cases, contest, goals, gpu, models, plan, results, sam, smoke, suite, training
+from benchmarks import (
+    accuracy,
+    cases,
+    contest,
+    goals,
+    gpu,
+    linear_8bit,
+    models,
+    plan,
+    results,
+    sam,
+    smoke,
+    smoke_8bit,
+    suite,
+    training,
+)
 from benchmarks.settings import Settings, Task
 from fastvit import functional, reference
+from fastvit.ops import quantized
 
 CEILINGS = {"gemm_tflop_s": 790.0, "copy_gb_s": 4300.0}
 DRY = Settings("cpu", CEILINGS, dry=True)
@@ -135,9 +151,66 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch):
 
 def test_smoke_has_every_case_both_ways_and_one_of_each_operator_first():
     found = smoke.items()
-    assert len(found) == len(set(found)) == 2 * sum(map(len, cases.ALL.values()))
+    assert len(found) == len(set(found)) == 2 * sum(map(len, cases.ALL.values())) + len(smoke_8bit.CASES)
     operators = {case.op for group in cases.ALL.values() for case in group}
     assert {item.case.op for item in found[: 2 * len(operators)]} == operators
+
+
+def test_smoke_has_every_8_bit_kernel(monkeypatch):
+    """What rounds and what multiplies, in either format; in one where the GPU has only that."""
+    found = [item for item in smoke.items() if item.part == smoke.IN_8_BITS]
+    kinds = {(item.case.precision, item.case.op, item.name.split()[-2 if item.case.op == "linear_8bit" else 1]) for item in found}
+    assert len(kinds) == 2 * (3 + 3)
+    assert len({item.name for item in found}) == len(found)
+    monkeypatch.setattr(smoke_8bit.quantized, "why_not", lambda precision, device: "too old" if precision == "fp8" else None)
+    asked = [item for item in smoke.items(settings=GPU) if item.part == smoke.IN_8_BITS]
+    assert asked == [item for item in found if item.case.precision == "int8"]
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_smoke_checks_8_bit_kernels(monkeypatch, device, precision):
+    """The kernels themselves, at sizes that an interpreter bears; and then with a scale that is wrong."""
+    if reason := quantized.why_not(precision, torch.device(device)):
+        pytest.skip(reason)
+    here = Settings(device, CEILINGS)
+    monkeypatch.setattr(smoke_8bit, "KINDS", dict.fromkeys(smoke_8bit.KINDS, (5, 160)))
+    checked = [smoke_8bit.Rounding(kind, precision) for kind in smoke_8bit.KINDS]
+    small = {kind: linear_8bit.Case("small", 5, 32, kind, precision) for kind in linear_8bit.KINDS}
+    checked += [smoke_8bit.Product(case) for case in small.values()]
+    monkeypatch.setattr(smoke_8bit, "CASES", checked)
+    items = [item for item in smoke.items() if item.part == smoke.IN_8_BITS]
+    for item in items:
+        assert smoke.outcome(item, here).why == "", item.name
+    for name in ("layer_norm", "add_layer_norm", "glu", "linear", "linear_quantized"):
+        monkeypatch.setattr(quantized, name, _scaled(getattr(quantized, name)))
+    for item in items:
+        assert smoke.outcome(item, here).why.startswith("WrongResult: fastvit errs by "), item.name
+        assert smoke.outcome(item, DRY).why == ""
+
+
+def test_one_wrong_row_of_many_is_seen():
+    """Which the error of the whole tensor hides."""
+    exact = torch.randn(4000, 128, dtype=torch.float64)
+    found = linear_8bit.by_definition(exact.float(), "fp8", 128)
+    assert 0.02 < linear_8bit.check("fp8", found, exact, 128) < 0.03
+    found.values[7] = 0
+    with pytest.raises(accuracy.WrongResult, match=r"fastvit errs by 0\.0\d+, 1 in a row"):
+        linear_8bit.check("fp8", found, exact, 128)
+
+
+def _scaled(function):
+    """A version whose first row comes out twice as large."""
+
+    def wrong(*args, **named):
+        out = function(*args, **named)
+        first = out[0] if isinstance(out, tuple) and not isinstance(out, quantized.Quantized) else out
+        if isinstance(first, quantized.Quantized):
+            first.scale[..., 0] *= 2
+        else:
+            first[0] *= 2
+        return out
+
+    return wrong
 
 
 WORKER = """
@@ -175,7 +248,7 @@ def test_a_kernel_that_breaks_its_process_takes_nobody_elses_turn(monkeypatch):
 @pytest.mark.slow
 def test_a_dry_smoke_run(tmp_path, capsys):
     assert gpu.main(["--dry-run", "--part", "smoke", "--case", "SAM-H fc1", "--out", str(tmp_path)]) == 0
-    assert "2 of 2 right" in capsys.readouterr().out
+    assert "4 of 4 right" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

@@ -422,14 +422,16 @@ def test_features_far_from_float32s_are_no_fp8():
     assert "far" not in rule.found
 
 
-def test_fp8_is_held_against_our_own_bf16():
-    task = next(task for task in models.tasks(DRY) if task.row["case"] == "ViT-L/16 224, batch 64, fp8")
+@pytest.mark.parametrize(("precision", "peer"), [("fp8", "torchao_float8"), ("int8", "torchao_int8")])
+def test_8_bits_are_held_against_our_own_bf16(precision, peer):
+    task = next(task for task in models.tasks(DRY) if task.row["case"] == f"ViT-L/16 224, batch 64, {precision}")
     task.measure(task.row, DRY)
     row = task.row
     assert "error" not in row
     assert row["cosine"] >= 0.999
     assert row["vs_bf16"] == pytest.approx(row["bf16_ms"] / row["ours_ms"])
-    assert "torchao" in row["unavailable"]["torchao_float8"]
+    assert "torchao" in row["unavailable"][peer]
+    assert set(row["ours_variants"]) == {f"accelerated_{precision}"}
 
 
 def test_onnx_runtime_reads_and_writes_our_memory(tmp_path):
