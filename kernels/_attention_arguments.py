@@ -27,6 +27,11 @@ def mask_arguments(mask: torch.Tensor | None) -> dict:
     return {"mask_ptr": mask, "WIDE_MASK": span >= 2**31, **dict(zip(names, strides, strict=True))}
 
 
+def all_eights(*tensors: torch.Tensor) -> bool:
+    """Whether the strides of these, the last one left out, are multiples of 8, not all of 16: see ``_attention.eights``."""
+    return math.gcd(*(stride for tensor in tensors for stride in tensor.stride()[:3]), 16) == 8
+
+
 def common_arguments(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_h: torch.Tensor | None, scale: float
 ) -> dict:
@@ -76,9 +81,8 @@ def forward_arguments(
 ) -> dict:
     """The arguments of a forward ``kernel`` among these, masks told apart by whether queries differ in them."""
     rows = mask is not None and mask.shape[2] > 1 and mask.stride(2) != 0
-    least = math.gcd(*(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]), 16)
     arguments = common_arguments(q, k, v, mask, rel_h, scale)
-    arguments |= {"MASK_ROWS": rows, "NEGATIVE_SCALE": scale < 0, "EIGHTS": least == 8}
+    arguments |= {"MASK_ROWS": rows, "NEGATIVE_SCALE": scale < 0, "EIGHTS": all_eights(q, k, v)}
     return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 

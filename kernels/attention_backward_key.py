@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import gather_rel, store_tile
-from ._attention_arguments import common_arguments, row_for
+from ._attention import eights, gather_rel, store_tile
+from ._attention_arguments import all_eights, common_arguments, row_for
 from ._attention_backward import add_products, load_rows_of, products_of, recomputed_weights
 from ._launch import launch
 from ._plans import planned
@@ -144,6 +144,7 @@ def _attention_backward_key(
     WIDE_MASK: tl.constexpr,
     HAS_REL: tl.constexpr,
     CAUSAL: tl.constexpr,
+    EIGHTS: tl.constexpr,  # ``all_eights`` of q, k, v, dout, dk and dv
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -159,6 +160,17 @@ def _attention_backward_key(
     key_heads = heads // groups
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, key_head = batch_head // key_heads, batch_head % key_heads
+    if EIGHTS:
+        stride_q_batch, stride_q_head, stride_q_row = eights(stride_q_batch), eights(stride_q_head), eights(stride_q_row)
+        stride_k_batch, stride_k_head, stride_k_row = eights(stride_k_batch), eights(stride_k_head), eights(stride_k_row)
+        stride_v_batch, stride_v_head, stride_v_row = eights(stride_v_batch), eights(stride_v_head), eights(stride_v_row)
+        stride_dout_batch, stride_dout_head, stride_dout_row = (
+            eights(stride_dout_batch),
+            eights(stride_dout_head),
+            eights(stride_dout_row),
+        )
+        stride_dk_batch, stride_dk_head, stride_dk_row = eights(stride_dk_batch), eights(stride_dk_head), eights(stride_dk_row)
+        stride_dv_batch, stride_dv_head, stride_dv_row = eights(stride_dv_batch), eights(stride_dv_head), eights(stride_dv_row)
     column = first.to(tl.int64) + tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_k_batch + key_head * stride_k_head
     v_ptr += batch * stride_v_batch + key_head * stride_v_head
@@ -174,17 +186,19 @@ def _attention_backward_key(
     tile = (k, k_tail, v, v_tail)
     strides = (stride_q_row, stride_dout_row, stride_mask_row, stride_mask_column)
 
+    # The last queries first, then a body that needs no bounds; why that is told: ``attention_forward``.
     begin = 0
     if CAUSAL:
-        begin = (first // BLOCK_M) * BLOCK_M
-    whole = tl.maximum(queries // BLOCK_M * BLOCK_M, begin)
+        begin = tl.minimum(first, queries - 1) // BLOCK_M * BLOCK_M
+    whole = (queries - 1) // BLOCK_M * BLOCK_M
+    tl.assume((groups > 0) & (whole < queries))
     for member in range(0, groups):
         head = key_head * groups + member
         head_mask_ptr = mask_ptr
         if MASK != "none":
             head_mask_ptr = mask_ptr + batch * stride_mask_batch + head * stride_mask_head
-        for part in tl.static_range(2):  # whole blocks, then what is left of the queries
-            for start in tl.range(whole if part else begin, queries if part else whole, BLOCK_M):
+        for part in tl.static_range(2):
+            for start in range(begin if part else whole, whole if part else queries, BLOCK_M):
                 dk, dk_tail, dv, dv_tail = _key_step(
                     (dk, dk_tail, dv, dv_tail),
                     tile,
@@ -208,7 +222,7 @@ def _attention_backward_key(
                     WIDE_MASK,
                     HAS_REL,
                     CAUSAL,
-                    part == 1,
+                    part == 0,
                     DIM,
                     MAIN,
                     TAIL,
@@ -264,6 +278,7 @@ def launch_attention_backward_key(
         dk_ptr=dk,
         dv_ptr=dv,
         CAUSAL=is_causal,
+        EIGHTS=all_eights(q, k, v, dout, dk, dv),
         **strides,
         **common_arguments(q, k, v, mask, rel_h, scale),
     )

@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import store_tile
-from ._attention_arguments import common_arguments, row_for
+from ._attention import eights, store_tile
+from ._attention_arguments import all_eights, common_arguments, row_for
 from ._attention_backward import add_products, load_rows_of, products_of, recomputed_weights, row_products
 from ._launch import launch
 from ._plans import planned
@@ -128,6 +128,7 @@ def _attention_backward_query(
     HAS_REL: tl.constexpr,
     EVEN_COLUMNS: tl.constexpr,  # a row of keys is whole blocks
     CAUSAL: tl.constexpr,
+    EIGHTS: tl.constexpr,  # ``all_eights`` of q, k, v, out, dout and dq
     DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -142,6 +143,21 @@ def _attention_backward_query(
     first = (tl.program_id(0) % tiles) * BLOCK_M
     batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
+    if EIGHTS:
+        stride_q_batch, stride_q_head, stride_q_row = eights(stride_q_batch), eights(stride_q_head), eights(stride_q_row)
+        stride_k_batch, stride_k_head, stride_k_row = eights(stride_k_batch), eights(stride_k_head), eights(stride_k_row)
+        stride_v_batch, stride_v_head, stride_v_row = eights(stride_v_batch), eights(stride_v_head), eights(stride_v_row)
+        stride_out_batch, stride_out_head, stride_out_row = (
+            eights(stride_out_batch),
+            eights(stride_out_head),
+            eights(stride_out_row),
+        )
+        stride_dout_batch, stride_dout_head, stride_dout_row = (
+            eights(stride_dout_batch),
+            eights(stride_dout_head),
+            eights(stride_dout_row),
+        )
+        stride_dq_batch, stride_dq_head, stride_dq_row = eights(stride_dq_batch), eights(stride_dq_head), eights(stride_dq_row)
     row = first.to(tl.int64) + tl.arange(0, BLOCK_M)
     inside = row < queries
     q_ptr += batch * stride_q_batch + head * stride_q_head
@@ -168,6 +184,7 @@ def _attention_backward_query(
     if HAS_REL:
         unit = 1.0 if MASK == "additive" else 1.4426950408889634
         blocks = tl.cdiv(key_columns, BLOCK_N)
+        tl.assume((key_rows > 0) & (key_columns > 0))
         for left in range(0, key_columns, BLOCK_N):
             place = left + tl.arange(0, BLOCK_N)
             present = inside[:, None] & (place < key_columns)[None, :]
@@ -211,13 +228,17 @@ def _attention_backward_query(
                 tl.store(drel_h_ptr + h_offset, tl.sum(dscores, axis=1), mask=inside)
             tl.store(drel_w_ptr + w_offset, drel_w.to(drel_w_ptr.dtype.element_ty), mask=present)
     else:
+        # The last keys first, with bounds and, when causal, the diagonal; then the body, which needs none. Why that is told:
+        # ``attention_forward``.
+        whole = (keys - 1) // BLOCK_N * BLOCK_N
         end = keys
         if CAUSAL:
+            whole = tl.minimum(whole, first // BLOCK_N * BLOCK_N)
             end = tl.minimum(keys, first + BLOCK_M)
-        whole = end // BLOCK_N * BLOCK_N
-        for part in tl.static_range(2):  # whole blocks, then what is left of the keys
+        tl.assume(whole < end)
+        for part in tl.static_range(2):
             # Addresses kept across the loop would cost the registers of a second program.
-            for start in tl.range(whole if part else 0, end if part else whole, BLOCK_N, disable_licm=True):
+            for start in tl.range(0 if part else whole, whole if part else end, BLOCK_N, disable_licm=True):
                 dq, dq_tail, _ = _query_step(
                     dq,
                     dq_tail,
@@ -237,8 +258,8 @@ def _attention_backward_query(
                     MASK,
                     WIDE_MASK,
                     False,
-                    CAUSAL,
-                    part == 1,
+                    CAUSAL and part == 0,
+                    part == 0,
                     DIM,
                     MAIN,
                     TAIL,
@@ -299,6 +320,7 @@ def launch_attention_backward_query(
         drel_h_ptr=drel_h,
         drel_w_ptr=drel_w,
         CAUSAL=is_causal,
+        EIGHTS=all_eights(q, k, v, out, dout, dq),
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,
         **strides,
         **common_arguments(q, k, v, mask, rel_h, scale),

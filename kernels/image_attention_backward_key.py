@@ -97,6 +97,7 @@ def _image_attention_backward_key(
     dv = tl.zeros([BLOCK_N, MAIN], dtype=tl.float32)
     dv_tail = tl.zeros([BLOCK_N, TAIL if TAIL > 0 else 16], dtype=tl.float32)
 
+    tl.assume(rows * columns > 0)  # why that is told: ``attention_forward``
     for start in range(0, rows * columns, BLOCK_M):
         place = start + tl.arange(0, BLOCK_M)
         inside = place < rows * columns

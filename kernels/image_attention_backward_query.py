@@ -111,6 +111,7 @@ def _image_attention_backward_query(
     if HAS_REL:
         rel_h_rows, rel_w_rows = rel_h_ptr + index * window_h, rel_w_ptr + index * window_w
 
+    tl.assume(window_h > 0)  # why that is told: ``attention_forward``
     for across in range(0, PASSES):
         key_column = across * KEY_COLUMNS
         if HAS_REL:

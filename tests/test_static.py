@@ -79,11 +79,37 @@ def test_occupancy_is_bound_by_what_runs_out_first():
     assert machine_code.occupancy("gfx942", 16, 0, 4) is None
 
 
+REPORT = """
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma instructions \
+defining accumulator registers of a wgmma between start and end of the pipeline stage in the function '_kernel'
+ptxas info    : Compiling entry function '_kernel' for 'sm_90a'
+ptxas info    : Used 128 registers, used 1 barriers
+"""
+
+
+def test_ptxas_says_where_it_waits_for_each_product():
+    assert machine_code.says_serialized(REPORT)
+    assert not machine_code.says_serialized("\n".join(REPORT.splitlines()[3:]))
+
+
+def test_only_listed_kernels_may_wait_for_each_product():
+    from benchmarks.static import compilation, inspection
+
+    listed, other = next(iter(inspection.SERIALIZED)).split(" ", 1), ("_attention_forward", "attention bf16 D=64")
+    for (kernel, asker), found in ((listed, 0), (other, 1)):
+        arguments = {"op": "attention", "row": {}, "dtype": "bf16", "rows": [], "forward": True, "matrix": True, "serialized": 12}
+        report = compilation.Report(name=kernel, kernel=kernel, asked_by=[asker], **arguments)
+        report.counts, report.tensor_core = {"wide_loads": 1}, {"HGMMA": 12}
+        assert [problem for problem in inspection.problems(report, 0, []) if "each of its 12" in problem] == [
+            f"{kernel} waits for each of its 12 tensor-core instructions (ptxas: serialized)"
+        ][:found]
+
+
 def _row(name, registers, **loop):
     counts = {"instructions": 100, "HGMMA": 4}
     return {
         "name": name, "registers": registers, "stack": 0, "shared": 0, "occupancy": 0.25, "counts": counts,
-        "tensor_core": {"HGMMA": 4}, "loop": {"instructions": 50} | loop,
+        "tensor_core": {"HGMMA": 4}, "serialized": 0, "loop": {"instructions": 50} | loop,
     }  # fmt: skip
 
 
@@ -104,6 +130,8 @@ def test_a_snapshot_is_a_row_a_line():
     assert json.loads(text) == {"target": "sm_90", "triton": "3.7.1", "rows": lines}
     (line,) = [line for line in text.splitlines() if '"a"' in line]
     assert '"registers": 128' in line
+    assert "serialized" not in line
+    assert snapshot.lines_of([_row("a", 128) | {"serialized": 4}])["a"]["serialized"] == 4
     assert '"loop": {"instructions": 50, "exp2": 16}' in line
     assert "stack" not in line
 

@@ -3,7 +3,8 @@
     python -m benchmarks.static --target sm_90 [--op attention] [--json] [--jobs 2]
     python -m benchmarks.static --target all --write        # rewrites benchmarks/snapshots and the tables' shared memory
 
-Exit status 1: a row that no shape reaches, or a kernel that spills, does not compile or lacks tensor cores; 2: wrong options.
+Exit status 1: a row that no shape reaches, or a kernel that spills, does not compile, lacks tensor cores or waits for each of
+their instructions; 2: wrong options.
 """
 
 import argparse
@@ -31,7 +32,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
     yield f"{result['target']} compiled for {result['gpu']} by Triton {result['triton']}; loop: one round of the hottest loop"
     yield (
         f"{'kernel':34} {'dtype':5} {'regs':>5} {'stack':>5} {'spills':>6} {'shared':>7} {'occ':>4} {'instr':>6} {'wide/all':>8}"
-        "  tensor cores | loop: instr, tensor cores, exp2, conversions, mul/add/fma"
+        f" {'serial':>6}  tensor cores | loop: instr, tensor cores, exp2, conversions, mul/add/fma"
     )
     for row in result["rows"]:
         counts, loop = row["counts"], row["loop"] or {}
@@ -41,7 +42,7 @@ def _lines(result: dict[str, Any]) -> Iterator[str]:
         yield (
             f"{row['kernel']:34} {row['dtype']:5} {row['registers']:5} {row['stack']:5} {counts.get('spills', 0):6}"
             f" {row['shared']:7} {occupancy:>4} {counts.get('instructions', 0):6}"
-            f" {counts.get('wide_loads', 0):>4}/{counts.get('loads', 0):<3}  {_matrix(counts)}"
+            f" {counts.get('wide_loads', 0):>4}/{counts.get('loads', 0):<3} {row['serialized']:6}  {_matrix(counts)}"
             f" | {' '.join([str(loop['instructions']), *inner]) if loop else 'no loop'}  [{row['asked_by'][0]}]"
         )
     yield from (f"no shape reaches {row}" for row in result["uncovered"])

@@ -169,6 +169,7 @@ class Report:
     shared: int = 0
     occupancy: float | None = None
     tensor_core: dict[str, int] = field(default_factory=dict)
+    serialized: int = 0  # tensor-core instructions that ptxas waits for one by one
     counts: dict[str, int] = field(default_factory=dict)
     loop: dict[str, int] | None = None
     atomics: int = 0
@@ -206,6 +207,8 @@ def compile_job(job: Job, gpu: str) -> Report:
     report.occupancy = machine_code.occupancy(gpu, code.registers, report.shared, built.metadata.num_warps)
     report.counts = machine_code.count(code.instructions)
     report.tensor_core = machine_code.tensor_core(report.counts)
+    if machine_code.serialized(built.asm.get("ptx", "")):
+        report.serialized = sum(report.tensor_core.values())
     report.loop = machine_code.hottest_loop(code.instructions)
     report.atomics = built.asm["ttir"].count("tt.atomic")
     return report

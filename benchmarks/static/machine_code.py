@@ -140,6 +140,26 @@ def of_cubin(cubin: bytes) -> MachineCode:
     return MachineCode(int(usage[1]), int(usage[2]), read_sass(text))
 
 
+def serialized(ptx: str) -> bool:
+    """Whether ptxas says (C7512 … C7515) that it waits after every product of a kernel for sm_90, so that none overlap.
+
+    Asked again of the PTX: a kernel that Triton's cache holds has no report.
+    """
+    if "wgmma.mma_async" not in ptx:  # as on every GPU but sm_90
+        return False
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [str(tool), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{source}.cubin"]
+        return says_serialized(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
+
+
+def says_serialized(report: str) -> bool:
+    """Whether ptxas's report on a kernel says that its products are serialized."""
+    return re.search(r"wgmma\S* instructions are serialized", report) is not None
+
+
 def of_amdgcn(text: str) -> MachineCode:
     numbers = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
     return MachineCode(numbers.get("vgpr_count", 0), numbers.get("private_segment_fixed_size", 0), read_amdgcn(text))

@@ -29,7 +29,8 @@ def lines_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             continue
         spills = row["counts"].get("spills", 0)
         values = {name: row[name] for name in ("registers", "stack", "shared", "occupancy")} | {"spills": spills}
-        values |= {"instructions": row["counts"].get("instructions", 0)} | row["tensor_core"] | {"loop": row["loop"]}
+        values |= {"instructions": row["counts"].get("instructions", 0)} | row["tensor_core"]
+        values |= {"serialized": row["serialized"], "loop": row["loop"]}
         kept[row["name"]] = {name: value for name, value in values.items() if value}
     return kept
 
