@@ -40,7 +40,7 @@ def _column_sum(
 
 def strips_for(rows: int, x: torch.Tensor) -> int:
     """How many strips the first of two stages cuts ``rows`` into."""
-    return min(triton.cdiv(rows, 256), config("column_sum", target_of(x))["MAX_STRIPS"])
+    return min(triton.cdiv(rows, 256), config("column_sum", target_of(x), rows=rows)["MAX_STRIPS"])
 
 
 @planned
@@ -48,7 +48,7 @@ def launch_column_sum(x: torch.Tensor, out: torch.Tensor) -> None:
     """Fills out [strips, channels] from x [rows, channels], whose last stride is 1."""
     rows, channels = x.shape
     strips = out.shape[0]
-    row = config("column_sum", target_of(x))
+    row = config("column_sum", target_of(x), rows=rows)
     launch(
         "column_sum",
         _column_sum,

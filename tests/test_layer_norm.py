@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from fastvit.kernels import _tuning
 
 import fastvit
 from fastvit import functional, reference
@@ -169,6 +170,14 @@ def test_the_same_bits_twice(backend, device, statistics):
     arguments = _arguments((4, 70, 48), torch.bfloat16, device) | {"statistics": statistics}
     first, second = (run(functional.layer_norm, arguments) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("channels", [24, 48, 52])
+def test_backward_programs_of_several_rounds(backend, device, channels):
+    """Two programs share the rows four at a time, the last round incomplete; a row is one piece or two, of several parts."""
+    with _tuning.override("layer_norm_backward", {"BLOCK_ROWS": 4, "PROGRAMS": 2, "PART": 16, "num_warps": 4}):
+        _check(_arguments((23, channels), torch.float32, device))
+        _check_add(_add_arguments((21, channels), torch.float32, device))
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])

@@ -195,7 +195,9 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     layer_norm_ops = ("layer_norm_forward", "layer_norm_backward")
     for channels in _bounds(target, "channels", layer_norm_ops, 16384):
         yield f"add_layer_norm bf16 C={channels}", partial(_add_layer_norm, channels)
-    yield "layer_norm bf16 C=768", partial(_layer_norm, 768)
+    unscaled = [row["when"] for row in table(target)["ops"]["layer_norm_backward"] if "sums" in row["when"]]
+    for channels in sorted({when["channels"] for when in unscaled} | {768}):
+        yield f"layer_norm bf16 C={channels}", partial(_layer_norm, channels)
     yield "layer_norm fp32 C=768", partial(_layer_norm, 768, SINGLE)
     yield "add_layer_norm bf16 C=20000", partial(_add_layer_norm, 20000)
     yield "layer_norm bf16 C=768 image statistics", partial(_layer_norm, 768, statistics="image")

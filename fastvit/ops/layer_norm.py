@@ -42,7 +42,7 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     """Token-statistics backward over rows; returns (dweight, dbias, dscale), each None where not wanted."""
     rows, channels = x.shape
     wide = channels > kernels.layer_norm.MAX_CHANNELS_BACKWARD
-    strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm.backward_programs(x)
+    strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm.backward_programs(x, wants[2])
     partials = [x.new_empty(strips, channels, dtype=torch.float32) if want else None for want in wants]
     run = kernels.layer_norm_wide.launch_wide_backward if wide else kernels.layer_norm.launch_layer_norm_backward
     weight_, scale_ = contiguous(weight), contiguous(scale)
