@@ -41,10 +41,10 @@ def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
 def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, bool, bool]) -> tuple:
     """Token-statistics backward over rows; returns (dweight, dbias, dscale), each None where not wanted."""
     rows, channels = x.shape
-    wide = channels > kernels.layer_norm.MAX_CHANNELS_BACKWARD
-    strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm.backward_programs(x, wants[2])
+    wide = channels > kernels.layer_norm_backward.MAX_CHANNELS_BACKWARD
+    strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm_backward.backward_programs(x, wants[2])
     partials = [x.new_empty(strips, channels, dtype=torch.float32) if want else None for want in wants]
-    run = kernels.layer_norm_wide.launch_wide_backward if wide else kernels.layer_norm.launch_layer_norm_backward
+    run = kernels.layer_norm_wide.launch_wide_backward if wide else kernels.layer_norm_backward.launch_layer_norm_backward
     weight_, scale_ = contiguous(weight), contiguous(scale)
     if rows:
         run(dy, dtotal, x, branch if wants[2] else None, scale_, weight_, mean, rstd, dx, dbranch, *partials)
