@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import Operator, apply, as_rows, contiguous, define, direct, distinct, kernels, matrix, run_backward, wants_grad
+from .sums import sum_partials
 
 
 def _total_dtype(residual: Tensor, branch: Tensor) -> torch.dtype:
@@ -27,17 +28,6 @@ def _forward(x: Tensor, branch: Tensor | None, scale, weight, bias, eps: float, 
     return mean, rstd
 
 
-def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """The second stage of a weight gradient: partial sums (strips, C) → (C,) in the parameter's dtype."""
-    if partial is None or like is None:
-        return None
-    if partial.shape[0] == 0:
-        return torch.zeros_like(like)
-    out = partial.new_empty(partial.shape[1], dtype=like.dtype)
-    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
-    return out
-
-
 def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, bool, bool]) -> tuple:
     """Token-statistics backward over rows; returns (dweight, dbias, dscale), each None where not wanted."""
     rows, channels = x.shape
@@ -48,8 +38,7 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     weight_, scale_ = contiguous(weight), contiguous(scale)
     if rows:
         run(dy, dtotal, x, branch if wants[2] else None, scale_, weight_, mean, rstd, dx, dbranch, *partials)
-    likes = (weight, bias_like, scale)
-    return tuple(_sum_partials(partial, like) for partial, like in zip(partials, likes, strict=True))
+    return tuple(sum_partials(partials, (weight, bias_like, scale)))
 
 
 # --- layer_norm ---------------------------------------------------------------------------------------------------------
@@ -97,7 +86,7 @@ def _image_backward(grad, input, weight, bias, mean, rstd, dx) -> tuple:
     if count:
         scratch = [x.new_empty(images, strips, dtype=torch.float32) for _ in range(2)]
         kernels.layer_norm_image.launch_image_backward(dy, x, contiguous(weight), mean, rstd, dx, *partials, *scratch)
-    return _sum_partials(partials[0], weight), _sum_partials(partials[1], bias)
+    return tuple(sum_partials(partials, (weight, bias)))
 
 
 def _fake_layer_norm_forward(input, weight, bias, eps, statistics):

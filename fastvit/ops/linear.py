@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad
+from .sums import strip_sums, sum_partials
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -66,18 +67,6 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return _product(dy.t(), x.t())
 
 
-def _column_sum(x: Tensor) -> Tensor:
-    """x.sum(0) in two fixed stages, in x's dtype."""
-    if x.shape[0] == 0:
-        return x.new_zeros(x.shape[1])
-    x = x if x.stride(1) == 1 else x.contiguous()
-    partial = x.new_empty(kernels.reduce.strips_for(x.shape[0], x), x.shape[1], dtype=torch.float32)
-    out = x.new_empty(x.shape[1])
-    kernels.reduce.launch_column_sum(x, partial)
-    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
-    return out
-
-
 def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
     dpre = pre.new_empty(pre.shape)
     kernels.linear.launch_activation_backward(dy.contiguous(), pre, dpre, activation)
@@ -103,7 +92,7 @@ def linear_backward(
         dy = _activation_gradient(dy, pre.view(dy.shape), activation)
     dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else None
     dweight = _weight_gradient(dy, x) if wants[1] else None
-    dbias = _column_sum(dy) if wants[2] and has_bias else None
+    dbias = sum_partials([strip_sums(dy)], [dy])[0] if wants[2] and has_bias else None
     return dinput, dweight, dbias
 
 
@@ -188,13 +177,14 @@ def mlp_backward(
     hidden = None
     if wants[3]:
         hidden = pre if activation is None else pre.new_empty(pre.shape)
-    dfc2_bias = _column_sum(dy) if wants[4] and has_fc2_bias else None
+    dy_sums = strip_sums(dy) if wants[4] and has_fc2_bias else None
     dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
     dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden)
     del hidden
     dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
     dfc1_weight = _weight_gradient(dpre, x) if wants[1] else None
-    dfc1_bias = _column_sum(dpre) if wants[2] and has_fc1_bias else None
+    dpre_sums = strip_sums(dpre) if wants[2] and has_fc1_bias else None
+    dfc1_bias, dfc2_bias = sum_partials((dpre_sums, dy_sums), (dpre, dy))
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
 

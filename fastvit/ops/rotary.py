@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad, with_unit_stride
+from .sums import sum_partials
 
 
 def _like_a_projection(x: Tensor) -> Tensor:
@@ -44,17 +45,6 @@ def qk_norm_rope_forward(
     return out
 
 
-def _sum_partials(partial: Tensor | None, like: Tensor | None) -> Tensor | None:
-    """Partial sums (programs, D) → (D,) in the parameter's dtype, in fixed order."""
-    if partial is None or like is None:
-        return None
-    if partial.shape[0] == 0:
-        return torch.zeros_like(like)
-    out = partial.new_empty(partial.shape[1], dtype=like.dtype)
-    kernels.reduce.launch_column_sum(partial, out.unsqueeze(0))
-    return out
-
-
 def qk_norm_rope_backward(
     grad_query: Tensor,
     grad_key: Tensor,
@@ -83,8 +73,7 @@ def qk_norm_rope_backward(
     weights = contiguous(query_weight), contiguous(key_weight)
     launch = kernels.rotary_backward.launch_qk_norm_rope_backward
     launch(*tensors, *tables, interleaved, norm, *weights, eps, dquery, dkey, *partials)
-    sums = (_sum_partials(partial, p) for partial, p in zip(partials, params, strict=True))
-    return dquery, dkey, *sums
+    return dquery, dkey, *sum_partials(partials, params)
 
 
 def _fake_forward(query, key, *rest):
