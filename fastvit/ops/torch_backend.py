@@ -4,19 +4,21 @@ Same results as ``fastvit.reference``, lean in memory: no N×M bias or score mat
 in inference no intermediate that could be written over. Everything is differentiable by PyTorch's autograd.
 
 On x86 CPUs in inference, linears go to oneDNN where it is the faster library (see ``_onednn``): bias and
-activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Attention stays with SDPA:
-head by head through oneDNN it took 0.7 of SDPA's time at 1370 tokens, but in dozens of short parallel regions that
-each wait for a thread when the machine is shared, and then it took several times as long.
+activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Attention over many tokens
+follows them there (``onednn_attention``).
 """
 
 import functools
 import platform
 import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from . import onednn_attention
 
 # Query rows whose bias is held at one time; on 2 CPU cores 256 rows of a 64×64 grid measured fastest (64: +40 %).
 BIAS_ROWS = 256
@@ -60,6 +62,20 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     """
     if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
+    if not _plain(tensors):
+        return False
+    input, weight = tensors[0], tensors[1]
+    if input is None or weight is None or input.numel() * weight.shape[0] < ONEDNN_MIN_PRODUCTS:
+        return False
+    vendor = _cpu_vendor()
+    mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
+    if vendor == "other" or (mkl_as_fast and activation not in _ONEDNN_ACTIVATIONS):
+        return False
+    return _run()
+
+
+def _plain(tensors: Iterable[Tensor | None]) -> bool:
+    """CPU tensors of a dtype that oneDNN multiplies, not empty, of which no gradient is wanted."""
     needs_grad = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
@@ -70,14 +86,21 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
             return False
         if tensor.numel() == 0 or (needs_grad and tensor.requires_grad):
             return False
-    input, weight = tensors[0], tensors[1]
-    if input is None or weight is None or input.numel() * weight.shape[0] < ONEDNN_MIN_PRODUCTS:
-        return False
-    vendor = _cpu_vendor()
-    mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
-    if vendor == "other" or (mkl_as_fast and activation not in _ONEDNN_ACTIVATIONS):
-        return False
+    return True
+
+
+def _run() -> bool:
+    """Run, and not traced or transformed by anything."""
     return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or _forward_ad_active())
+
+
+def onednn_attends(tokens: int, *tensors: Tensor | None) -> bool:
+    """Whether ``onednn_attention`` may and should serve these: float32 in inference, on AMD, over so many queries and keys."""
+    if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+        return False
+    if tokens < onednn_attention.LEAST_TOKENS or any(t is not None and t.dtype != torch.float32 for t in tensors):
+        return False
+    return _plain(tensors) and _cpu_vendor() == "amd" and _run()
 
 
 def _forward_ad_active() -> bool:
@@ -120,6 +143,9 @@ def attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
+    tokens = min(query.shape[2], key.shape[2])
+    if attn_mask is None and not is_causal and onednn_attends(tokens, query, key, value, rel_h, rel_w):
+        return onednn_attention.attention(query, key, value, scale, rel_h, rel_w)
     if rel_h is None and attn_mask is None:
         return _sdpa(query, key, value, None, is_causal, scale)
     if rel_h is None and not is_causal:

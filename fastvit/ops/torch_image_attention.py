@@ -17,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from . import onednn_attention
 from ._common import Operator, apply, define, distinct, run_backward, wants_grad
-from .torch_backend import BIAS_ROWS
+from .torch_backend import BIAS_ROWS, onednn_attends
+
+# Query rows at a time where oneDNN attends: it holds no bias, and copies a head's keys and values for each block.
+ONEDNN_ROWS = 1024
 
 # Scores of a head that windows side by side may have together. One window of 14×14 tokens at a time is 25 calls an image, each
 # with its own threads to wait for; six are as many as a strip of a 64×64 image has.
@@ -127,17 +131,20 @@ def _windows(
 ) -> Tensor:
     """(rows, n · columns, C)."""
     rows, columns = part.shape[0], min(part.shape[1], window[1])
+    tokens = min(rows * columns, window[0] * window[1])
+    onednn = buffer is not None and part.shape[1] == columns and onednn_attends(tokens, part, table_h, table_w, pad)
     query, key_value = part.unflatten(1, (-1, columns)).permute(3, 1, 4, 0, 2, 5).split([1, 2])
     query = query[0]  # (n, H, rows, columns, D)
     blocks = []
     first = 0
     # Blocks are whole rows of the window, so that their tables are slices.
-    for block in query.split(max(1, BIAS_ROWS // columns) if query.shape[0] == 1 else rows, dim=2):
+    size = ONEDNN_ROWS if onednn else BIAS_ROWS
+    for block in query.split(max(1, size // columns) if query.shape[0] == 1 else rows, dim=2):
         arguments = (block, key_value, table_h, table_w, first, window, pad, scale)
         if buffer is None:
-            blocks.append(checkpoint(_attend, *arguments, None, use_reentrant=False, preserve_rng_state=False))
+            blocks.append(checkpoint(_attend, *arguments, None, False, use_reentrant=False, preserve_rng_state=False))
         else:
-            blocks.append(_attend(*arguments, buffer))
+            blocks.append(_attend(*arguments, buffer, onednn))
         first += block.shape[2]
     return _cat(blocks, 2).permute(2, 0, 3, 1, 4).reshape(rows, part.shape[1], -1)
 
@@ -152,6 +159,7 @@ def _attend(
     pad: Tensor | None,
     scale: float,
     buffer: _Buffer | None,
+    onednn: bool,
 ) -> Tensor:
     rows, columns = query.shape[2], query.shape[3]
     centre = None
@@ -161,15 +169,21 @@ def _attend(
         centre = torch.stack([torch.zeros_like(pad[0]), pad[1]])
         key_value, pad = key_value - centre, pad - centre
     key, value = _padded(key_value, window, pad).flatten(3, 4)
-    flat, bias = query.flatten(2, 3).contiguous(), None
+    flat = query.flatten(2, 3).contiguous()
+    height = width = bias = None
     if table_h is not None and table_w is not None:
         reach_h = table_h[window[0] - first - rows : 2 * window[0] - 1 - first]
         table = torch.cat([reach_h, table_w[window[1] - columns :]]).to(query.dtype)
         height, width = relative_positions(flat.unflatten(2, (rows, columns)), table, window)
-        shape = (*query.shape[:4], *window)
-        out = None if buffer is None else buffer.take(query, shape)
-        bias = torch.add(height.unsqueeze(-1), width.unsqueeze(-2), out=out).flatten(2, 3).flatten(3, 4)
-    out = F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale).unflatten(2, (rows, columns))
+    if onednn:
+        rel = [None if t is None else t.flatten(2, 3) for t in (height, width)]
+        out = onednn_attention.attention(flat, key, value, scale, *rel)
+    else:
+        if height is not None and width is not None:
+            memory = None if buffer is None else buffer.take(query, (*query.shape[:4], *window))
+            bias = torch.add(height.unsqueeze(-1), width.unsqueeze(-2), out=memory).flatten(2, 3).flatten(3, 4)
+        out = F.scaled_dot_product_attention(flat, key, value, attn_mask=bias, scale=scale)
+    out = out.unflatten(2, (rows, columns))
     return out if centre is None else out + centre[1]
 
 
