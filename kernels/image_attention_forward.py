@@ -33,6 +33,8 @@ from .image_attention import (
     window_corner,
     windows_of,
 )
+from .image_attention_global import launch_global
+from .image_attention_global import serves as serves_global
 from .image_attention_window import launch_window, serves
 
 
@@ -176,9 +178,13 @@ def launch_image_attention_forward(
 ) -> None:
     """Fills out, and lse unless None; rel_h and rel_w are the tables where there is a ``table_size``."""
     row, tile = row_for("image_attention_forward", qkv, heads, window)
-    if rel_h is not None and rel_w is not None and row.get("ONE_PASS") and table_size(qkv, heads, window):
-        if serves(qkv, heads, window, scale):
+    if rel_h is not None and rel_w is not None:
+        tables = table_size(qkv, heads, window) > 0
+        if tables and row.get("ONE_PASS") and serves(qkv, heads, window, scale):
             launch_window(qkv, pad, rel_h, rel_w, heads, window, scale, out, lse)
+            return
+        if not tables and row.get("PAIRS") and serves_global(qkv, heads, window, scale):
+            launch_global(qkv, rel_h, rel_w, heads, scale, out, lse)
             return
     down, across = windows_of(qkv, window)
     tiles = triton.cdiv(queries_of(qkv, window), row["BLOCK_M"])

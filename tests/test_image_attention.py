@@ -97,15 +97,12 @@ def test_sams_windows(backend, device, dim):
     _check(_arguments(device, torch.bfloat16, grid=(14, 22), window=14, dim=dim))
 
 
-@pytest.fixture
-def one_pass(triton_backend, monkeypatch):
-    """Windows whose keys are held all at once, as on GPUs with the memory for it; the names of the launches made."""
+def _launches(monkeypatch, op, rows, **flag):
+    """The names of the launches made from here on, with ``rows`` for ``op`` and the ``flag`` that chooses it in every row."""
     table = copy.deepcopy(_tuning.table(_launch.target_of(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))))
     for row in table["ops"]["image_attention_forward"]:
-        row["config"] |= {"TABLE": 32, "ONE_PASS": 1}
-    table["ops"]["image_attention_window"] = [
-        {"when": {}, "config": {"BLOCK_M": 64, "BLOCK_N": 64, "MIN_PROGRAMS": 4, "num_warps": 4, "num_stages": 1}}
-    ]
+        row["config"] |= flag
+    table["ops"][op] = rows
     monkeypatch.setattr(_tuning, "table", lambda target: table)
     _tuning.config.cache_clear()
     names = []
@@ -114,9 +111,25 @@ def one_pass(triton_backend, monkeypatch):
         names.append(op)
         _launch.launch(op, *arguments, **options)
 
-    for module in ("image_attention_window", "image_attention_forward"):
+    for module in (op, "image_attention_forward"):
         monkeypatch.setattr(f"fastvit.kernels.{module}.launch", noted)
-    yield names
+    return names
+
+
+@pytest.fixture
+def one_pass(triton_backend, monkeypatch):
+    """Windows whose keys are held all at once, as on GPUs with the memory for it; the names of the launches made."""
+    config = {"BLOCK_M": 64, "BLOCK_N": 64, "MIN_PROGRAMS": 4, "num_warps": 4, "num_stages": 1}
+    yield _launches(monkeypatch, "image_attention_window", [{"when": {}, "config": config}], TABLE=32, ONE_PASS=1)
+    _tuning.config.cache_clear()
+
+
+@pytest.fixture
+def by_rows(triton_backend, monkeypatch):
+    """Whole images by rows of 16 keys, positions in pairs; the names of the launches made."""
+    config = {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+    rows = [{"when": {"head_dim": 16}, "config": config | {"PARTS": 8}}, {"when": {}, "config": config | {"PARTS": 1}}]
+    yield _launches(monkeypatch, "image_attention_global", rows, TABLE=0, PAIRS=1)
     _tuning.config.cache_clear()
 
 
@@ -160,6 +173,46 @@ def test_what_one_pass_does_not_serve_goes_by_tiles(one_pass, device, option):
     arguments = _arguments(device, grid=(4, 3), window=window, rel=option != "no tables", dim=8 if "head dim" in option else 16)
     _check(arguments, scale={"a scale of nothing": 0.0, "a negative scale": -0.5}.get(option))
     assert one_pass[0] != "image_attention_window"
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "dtype", "scale"),
+    [
+        (3, 16, torch.bfloat16, None),
+        (3, 48, torch.bfloat16, None),
+        (5, 16, torch.float16, None),
+        (1, 16, torch.bfloat16, 2.0),
+        (2, 80, torch.bfloat16, 0.3),
+    ],
+    ids=str,
+)
+def test_an_image_by_rows(by_rows, device, rows, dim, dtype, scale):
+    """Scales that are powers of two and others, blocks of queries that are whole and one that is not."""
+    _check(_arguments(device, dtype, grid=(rows, 16), dim=dim, heads=2, batch=2 if rows == 1 else 1), scale=scale)
+    assert by_rows[0] == "image_attention_global"
+
+
+@pytest.mark.parametrize("save", [False, True])
+def test_an_image_by_rows_gives_what_one_by_tiles_gives(by_rows, device, save, monkeypatch):
+    """The output, and the lse that backward wants."""
+    arguments = _arguments(device, torch.bfloat16, grid=(4, 16), batch=2)
+    call = (arguments["qkv"], arguments["rel_pos_h"], arguments["rel_pos_w"], None, 1, (4, 16), 0.25, save)
+    results = [image_attention.image_attention_forward(*call)]
+    monkeypatch.setattr("fastvit.kernels.image_attention_forward.serves_global", lambda *arguments: False)
+    results.append(image_attention.image_attention_forward(*call))
+    assert by_rows == ["image_attention_global", "image_attention_forward"]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=2**-7, atol=2**-8)
+    assert not save or torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("option", ["no tables", "float32", "a negative scale", "a padded head dim", "other rows", "a window"])
+def test_what_is_not_served_by_rows_goes_by_tiles(by_rows, device, option):
+    dtype = torch.float32 if option == "float32" else torch.bfloat16
+    grid, window = (2, 15 if option == "other rows" else 16), 16 if option == "a window" else 0
+    dim = 8 if option == "a padded head dim" else 16
+    arguments = _arguments(device, dtype, grid, window, dim=dim, rel=option != "no tables")
+    _check(arguments, scale=-0.5 if option == "a negative scale" else None)
+    assert "image_attention_global" not in by_rows
 
 
 @pytest.mark.slow

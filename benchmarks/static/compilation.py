@@ -37,6 +37,7 @@ MATRIX_OPS = (
     "attention_backward_mask",
     "rotary_attention",
     "image_attention_forward",
+    "image_attention_global",
     "image_attention_window",
     "image_attention_backward_query",
     "image_attention_backward_key",
