@@ -27,8 +27,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -123,13 +124,12 @@ def operators() -> dict[str, Callable[[], object]]:
 
     x, branch = fresh(1, 4, 32), fresh(1, 4, 32)
     weight, bias, scale = fresh(32), fresh(32), fresh(32)
-    wanted = fresh(1, 4, 32).requires_grad_()
     w1, b1, w2 = fresh(128, 32), fresh(128), fresh(32, 128)
     q, k, v = fresh(1, 4, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
-    wanted_q = q.clone().requires_grad_()
     image, pad, hidden = fresh(1, 2, 2, 96), fresh(96), fresh(1, 4, 128)
     tables = dict(rel_pos_h=fresh(3, 16), rel_pos_w=fresh(3, 16))
     cos, sin, mask = torch.randn(4, 16), torch.randn(4, 16), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    training = trained()
     return {
         "layer_norm": lambda: F.layer_norm(x, weight, bias),
         "add_layer_norm": lambda: F.add_layer_norm(x, branch, weight, bias, layer_scale=scale),
@@ -141,12 +141,54 @@ def operators() -> dict[str, Callable[[], object]]:
         "glu": lambda: F.glu(*hidden.chunk(2, dim=-1)),
         "qk_norm_rope": lambda: F.qk_norm_rope(q, k, cos, sin),
         "rotary_attention": lambda: F.rotary_attention(q, k, v, cos, sin),
-        "layer_norm, training": lambda: F.layer_norm(wanted, weight, bias),
-        "add_layer_norm, training": lambda: F.add_layer_norm(wanted, branch, weight, bias, layer_scale=scale),
-        "linear + gelu, training": lambda: F.linear(wanted, w1, b1, activation="gelu"),
-        "mlp, training": lambda: F.mlp(wanted, w1, b1, w2, bias),
-        "attention, training": lambda: F.attention(wanted_q, k, v),
+        **{f"{name}, training": call for name, (call, _) in training.items()},
+        **{f"{name}, backward": backward(*case) for name, case in training.items()},
     }
+
+
+Trained = dict[str, tuple[Callable[[], Any], tuple]]
+
+
+def trained() -> Trained:
+    """One forward call of each operator that has a backward, and the leaves that want a gradient."""
+    import torch
+
+    from fastvit import functional as F
+
+    def fresh(*shape: int):
+        return torch.randn(*shape, dtype=torch.float16).requires_grad_()
+
+    x, weight, bias, scale = fresh(1, 4, 32), fresh(32), fresh(32), fresh(32)
+    w1, b1, w2, image, pad, hidden = fresh(128, 32), fresh(128), fresh(32, 128), fresh(1, 2, 2, 96), fresh(96), fresh(1, 4, 128)
+    gate, value = (t.detach().requires_grad_() for t in hidden.chunk(2, dim=-1))
+    q, k, v = (t.detach().requires_grad_() for t in fresh(1, 4, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0))
+    branch, cos, sin = fresh(1, 4, 32).detach(), torch.randn(4, 16), torch.randn(4, 16)
+    norm, up, down = (weight, bias), (w1, b1), (w2, bias)
+    return {
+        "layer_norm": (lambda: F.layer_norm(x, *norm), (x, *norm)),
+        "add_layer_norm": (lambda: F.add_layer_norm(x, branch, *norm, layer_scale=scale)[0], (x, *norm, scale)),
+        "linear + gelu": (lambda: F.linear(x, *up, activation="gelu"), (x, *up)),
+        "mlp": (lambda: F.mlp(x, *up, *down), (x, *up, *down)),
+        "attention": (lambda: F.attention(q, k, v), (q, k, v)),
+        "image_attention, windows": (lambda: F.image_attention(image, num_heads=2, window_size=2, pad_qkv=pad), (image, pad)),
+        "glu": (lambda: F.glu(gate, value), (gate, value)),
+        "qk_norm_rope": (lambda: F.qk_norm_rope(q, k, cos, sin)[0], (q, k)),
+    }
+
+
+def backward(call: Callable[[], Any], leaves: Iterable[Any]) -> Callable[[], object]:
+    """The backward pass of a call alone, that of PyTorch's autograd engine included."""
+    import torch
+
+    graph: list[Any] = []
+
+    def run():
+        if not graph:
+            out = call()
+            graph.extend((out, tuple(leaves), torch.ones_like(out)))
+        return torch.autograd.grad(*graph, retain_graph=True)
+
+    return run
 
 
 def _vit(**sizes: int):
@@ -158,13 +200,14 @@ def _vit(**sizes: int):
 
 
 def blocks() -> dict[str, Callable[[], object]]:
-    """A timm ViT block: as it was, and accelerated on either backend, each in inference and forward in training."""
+    """A timm ViT block: as it was, and accelerated on either backend, each in inference and in training."""
     import torch
 
     import fastvit
 
     calls: dict[str, Callable[[], object]] = {}
     x = torch.randn(1, 4, 32, dtype=torch.float16)
+    x_ = x.clone().requires_grad_()
     for name, backend in (("original", None), ("torch", "torch"), ("triton", "auto")):
         made = _vit(depth=2, num_classes=0)
         if backend is not None:
@@ -176,7 +219,8 @@ def blocks() -> dict[str, Callable[[], object]]:
                 return inner(x)
 
         calls[f"block, {name}"] = infer
-        calls[f"block, {name}, training"] = lambda inner=inner: inner(x)
+        calls[f"block, {name}, training"] = lambda inner=inner: inner(x_)
+        calls[f"block, {name}, backward"] = backward(calls[f"block, {name}, training"], (x_, *inner.parameters()))
     return calls
 
 

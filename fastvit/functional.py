@@ -263,14 +263,18 @@ def mlp(
     Returns:
         (..., out).
     """
+    return _instant.run(_mlp, input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+
+
+def _mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation):
     cast = _autocast(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     input, fc1_weight, fc1_bias, fc2_weight, fc2_bias = cast
     _checks.check_mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     if resolve(input) == "triton":
-        if not torch.compiler.is_compiling() and not wants_grad(*cast):  # nothing is kept for backward: two linears
-            return linear(linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
         if dispatch.linear(input, fc1_weight, fc1_bias, activation) == "kernel":
             return _linear_op.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+        if not torch.compiler.is_compiling() and not wants_grad(*cast):  # each linear by its own way
+            return linear(linear(input, fc1_weight, fc1_bias, activation=activation), fc2_weight, fc2_bias)
     return torch_backend.mlp(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
 
 

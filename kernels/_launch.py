@@ -99,8 +99,7 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
     else:
         with torch.cuda.device(tensor.device):
             compiled = kernel[grid](**arguments, **options)
-    if _observer.made is not None:
-        _observer.made.append((kernel, grid, arguments, compiled))
+    note((kernel, grid, arguments, compiled))
 
 
 def as_matrix(tensor: torch.Tensor) -> tuple[int, int, int]:
@@ -116,17 +115,18 @@ def row_stride(tensor: torch.Tensor | None) -> int:
 
 
 class _Observer(threading.local):
-    made: list[tuple] | None = None
+    made: list[Any] | None = None
 
 
 _observer = _Observer()
 
 
 @contextmanager
-def observe() -> Iterator[list[tuple]]:
-    """Collects (kernel, grid, arguments by name, compiled kernel) of the launches that this thread makes on a GPU inside."""
+def observe() -> Iterator[list[Any]]:
+    """Collects (kernel, grid, arguments by name, compiled kernel) of the launches that this thread makes on a GPU inside, and
+    what is noted among them."""
     outer = _observer.made
-    made: list[tuple] = []
+    made: list[Any] = []
     _observer.made = made
     try:
         yield made
@@ -134,6 +134,12 @@ def observe() -> Iterator[list[tuple]]:
         _observer.made = outer
         if outer is not None:
             outer += made
+
+
+def note(what: Any) -> None:
+    """Tells an observer, if there is one."""
+    if _observer.made is not None:
+        _observer.made.append(what)
 
 
 def observed() -> bool:

@@ -5,20 +5,23 @@ JSON object: scenario → None, or what went wrong.
 """
 
 import contextlib
+import functools
 import json
 import traceback
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import torch
 import triton
 from fastvit.kernels import _tuning
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 import fastvit
-from benchmarks.overhead import operators, pretend_tensors
+from benchmarks.overhead import operators, pretend_tensors, trained
 from fastvit import functional as F
 from fastvit.ops import dispatch
 
@@ -97,13 +100,25 @@ def without_results(noted, out):
     return [(*launch[:4], tuple(places.get(value, value) for value in launch[4])) for launch in noted]
 
 
-def repeated(call, plans=True):
-    """A call, once Triton's own way and then from a plan: the same launches, results of their own."""
+def addresses(launch):
+    """What is below the first page that a program is given is a number, not an address."""
+    return [value for value in launch[4] if isinstance(value, int) and value >= 2**16]
+
+
+def without_addresses(noted):
+    return [(*launch[:4], *(v for v in launch[4] if v not in addresses(launch))) for launch in noted]
+
+
+def repeated(call, plans=True, scratch=False):
+    """A call, once Triton's own way and then from a plan: the same launches, results of their own. ``scratch``: launches are
+    given memory that belongs to neither arguments nor results."""
     first, noted, ordinary = made(call)
     assert noted
     second, again, planned = made(call)
     assert planned == (0 if plans else ordinary), f"{planned} of {len(again)} launches went Triton's own way"
-    assert without_results(noted, first) == without_results(again, second)
+    if not scratch:
+        assert without_results(noted, first) == without_results(again, second)
+    assert without_addresses(noted) == without_addresses(again)
     for a, b in zip(tensors(first), tensors(second), strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
         assert a.data_ptr() != b.data_ptr()
@@ -115,10 +130,10 @@ def norm_inputs():
 
 
 def _repeats(name):
-    return lambda: repeated(operators()[name])
+    return lambda: repeated(operators()[name], scratch=name == "mlp")
 
 
-INFERENCE = [name for name in operators() if name != "mlp" and "training" not in name]
+INFERENCE = [name for name in operators() if not name.endswith(("training", "backward"))]
 SCENARIOS = {f"repeats {name}": _repeats(name) for name in INFERENCE}
 
 
@@ -127,25 +142,177 @@ def scenario(function):
     return function
 
 
-@scenario
-def training_repeats():
-    def step():
-        for tensor in (x, w, b):
-            tensor.grad = None
-        F.layer_norm(x, w, b).backward(g)
-        return x.grad, w.grad, b.grad
+def wanted(*tensors):
+    return [t.requires_grad_() for t in tensors]
 
-    x, w, b = (t.requires_grad_() for t in norm_inputs())
-    g = fresh(2, 4, 32)
-    _, noted, ordinary = made(step)
-    assert (len(noted), ordinary) == (4, 3)  # the sums of weight and bias share a plan
-    _, again, ordinary = made(step)
-    assert ordinary == 0
-    assert [launch[:4] for launch in noted] == [launch[:4] for launch in again]
-    # What is below the first page that a program is given is a number, not an address.
-    scalars = [[v for v in launch[4] if not isinstance(v, int) or v < 2**16] for launch in noted]
-    assert scalars == [[v for v in launch[4] if not isinstance(v, int) or v < 2**16] for launch in again]
+
+def trains_again(name):
+    """A step, once Triton's own way and then from recipes: the same launches, into other memory."""
+    forward, leaves = trained()[name]
+
+    def step():
+        out = forward()
+        return out, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    (out, grads), noted, ordinary = made(step)
+    assert ordinary == len(noted) > 1
+    (again, others), repeats, ordinary = made(step)
+    assert ordinary == 0, f"{ordinary} of {len(repeats)} launches went Triton's own way"
+    assert without_addresses(noted) == without_addresses(repeats)
+    for a, b in zip((out, *grads), (again, *others), strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
+        assert a.data_ptr() != b.data_ptr()
+    assert type(out.grad_fn).__name__ == type(again.grad_fn).__name__
+
+
+SCENARIOS |= {f"trains {name}": functools.partial(trains_again, name) for name in trained()}
+
+
+@scenario
+def backward_is_given_what_forward_saved():
+    x, w, b = wanted(*norm_inputs())
+    for _ in range(3):
+        out, noted, _ = made(lambda: F.layer_norm(x, w, b))
+        _, after, _ = made(lambda out=out: torch.autograd.grad(out, (x, w, b), torch.ones_like(out)))
+        mean, rstd = addresses(noted[0])[-2:]
+        assert {x.data_ptr(), w.data_ptr(), mean, rstd} <= set(addresses(after[0]))
+        assert out.data_ptr() not in addresses(after[0])
+
+
+@scenario
+def a_parameter_frozen_and_thawed():
+    x, w, b = wanted(*norm_inputs())
+    w1, b1 = wanted(fresh(8, 32), fresh(8))
+
+    def step():
+        for tensor in (x, w, b, w1, b1):
+            tensor.grad = None
+        F.linear(F.layer_norm(x, w, b), w1, b1, activation="gelu").sum().backward()
+        return [t.grad is not None for t in (x, w, b, w1, b1)]
+
+    for _ in range(3):
+        assert step() == [True] * 5
+    for frozen in (w, w1, b1, x):
+        for _ in range(3):
+            frozen.requires_grad_(False)
+            assert step() == [t is not frozen for t in (x, w, b, w1, b1)]
+        frozen.requires_grad_(True)
+    assert step() == [True] * 5
+
+
+@scenario
+def gradients_add_up_over_steps():
+    x, w, b = wanted(*norm_inputs())
+    hooked = []
+    w.register_post_accumulate_grad_hook(lambda t: hooked.append(t.grad))
+    F.layer_norm(x, w, b).sum().backward()
+    first = w.grad
+    for count in (2, 3):
+        _, noted, ordinary = made(lambda: F.layer_norm(x, w, b).sum().backward())
+        assert ordinary == 0
+        assert w.grad is first, "a gradient replaced another instead of being added to it"
+        assert first.data_ptr() not in [address for launch in noted for address in addresses(launch)]
+        assert len(hooked) == count
+
+
+@scenario
+def tensors_changed_before_backward_are_refused():
+    x, w, b = wanted(*norm_inputs())
+    for _ in range(3):
+        out = F.layer_norm(x, w, b)
+        with torch.no_grad():
+            w.mul_(2)
+        refused(lambda out=out: out.sum().backward(), "modified by an inplace operation")
+
+
+@scenario
+def what_is_saved_is_let_go():
+    recalled, (w, b) = [], wanted(fresh(32), fresh(32))
+    for _ in range(3):
+        x = fresh(2, 4, 32).requires_grad_()
+        out = F.layer_norm(x, w, b)
+        recalled += [weakref.ref(x.untyped_storage()), weakref.ref(out.untyped_storage())]
+        out.sum().backward()
+        refused(lambda out=out: out.sum().backward(), "a second time")
+        del x, out
+        assert [ref() for ref in recalled] == [None] * len(recalled)
+
+
+@scenario
+def a_second_derivative_is_refused():
+    x, w, b = wanted(*norm_inputs())
+    for _ in range(3):
+        (grad,) = torch.autograd.grad(F.layer_norm(x, w, b).sum(), x, create_graph=True)
+        refused(lambda grad=grad: grad.sum().backward(), "can be differentiated once")
+
+
+@scenario
+def hooks_on_saved_tensors_see_the_same_in_every_call():
+    x, w, b = wanted(*norm_inputs())
+    seen = []
+    for _ in range(3):
+        packed = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, packed=packed: packed.append(t.shape) or t, lambda t: t):
+            F.layer_norm(x, w, b).sum().backward()
+        seen.append(packed)
+    assert seen[0] == seen[1] == seen[2]
+    assert len(seen[0]) >= 5
+
+
+@scenario
+def checkpoints_recompute_from_recipes():
+    x, w, b = wanted(*norm_inputs())
+    for _ in range(3):
+        out = checkpoint(lambda: F.layer_norm(F.layer_norm(x, w, b), w, b), use_reentrant=False)
+        out.sum().backward()
     assert x.grad is not None
+
+
+@scenario
+def autocast_with_nothing_to_cast():
+    x, w, b = wanted(*(t.float() for t in norm_inputs()))
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        F.layer_norm(x, w, b)
+        out, noted, ordinary = made(lambda: F.layer_norm(x, w, b))
+        assert (len(noted), ordinary, out.dtype) == (1, 0, torch.float32)
+        halves = [t.detach().half() for t in (x, w, b)]
+        for _ in range(3):
+            out, noted, _ = made(lambda: F.layer_norm(*halves))
+            assert (len(noted), out.dtype) == (1, torch.float32)
+            assert halves[0].data_ptr() not in addresses(noted[0]), "what had to be cast was not"
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+
+
+@scenario
+def nothing_is_filled_with_zeros_for_backward():
+    """Statistics and values kept for backward have no gradient; PyTorch would make one of zeros, as large as they are."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    cases = [case for name, case in trained().items() if name != "qk_norm_rope"]  # whose second result is not used there
+    for forward, leaves in cases:
+        out = forward()
+        grad = torch.ones_like(out)
+        with Names():
+            torch.autograd.grad(out, leaves, grad)
+    assert len([name for name in names if name.startswith("fastvit")]) == len(cases)
+    assert not [name for name in names if "zeros" in name or "fill" in name], names
+
+
+def refused(call, words):
+    try:
+        call()
+    except RuntimeError as error:
+        if words in str(error):
+            return
+        raise
+    raise AssertionError(f"nothing was raised; expected: {words}")
 
 
 @scenario

@@ -12,7 +12,7 @@ from fastvit.kernels import _launch, _tuning
 
 import fastvit
 from fastvit import acceleration, functional
-from fastvit.ops import _instant, dispatch
+from fastvit.ops import _recipes, dispatch
 from tests.conftest import ON_GPU
 
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -24,7 +24,7 @@ def _forget():
     for remembered in (_tuning.committed, _tuning.table, _tuning.config):
         remembered.cache_clear()
     dispatch.forget()
-    _instant._recipes.clear()
+    _recipes.forget()
 
 
 @pytest.fixture

@@ -15,9 +15,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = [
-    *(f"repeats {name}" for name in ("layer_norm", "add_layer_norm", "linear + gelu", "attention", "attention, mask")),
+    *(f"repeats {name}" for name in ("layer_norm", "add_layer_norm", "linear + gelu", "mlp", "attention", "attention, mask")),
     *(f"repeats {name}" for name in ("image_attention, windows", "glu", "qk_norm_rope", "rotary_attention")),
-    "training_repeats",
+    *(f"trains {name}" for name in ("layer_norm", "add_layer_norm", "linear + gelu", "mlp", "attention")),
+    *(f"trains {name}" for name in ("image_attention, windows", "glu", "qk_norm_rope")),
+    "backward_is_given_what_forward_saved",
+    "a_parameter_frozen_and_thawed",
+    "gradients_add_up_over_steps",
+    "tensors_changed_before_backward_are_refused",
+    "what_is_saved_is_let_go",
+    "a_second_derivative_is_refused",
+    "hooks_on_saved_tensors_see_the_same_in_every_call",
+    "checkpoints_recompute_from_recipes",
+    "autocast_with_nothing_to_cast",
+    "nothing_is_filled_with_zeros_for_backward",
     "alignment_is_part_of_the_signature",
     "one_tensor_in_two_places",
     "parameters_given_other_memory",

@@ -1,36 +1,47 @@
 """What the operators share: the ``torch.library`` namespace, the base Function, and the layouts kernels accept."""
 
 import functools
-import importlib
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from . import _recipes
+from ._recipes import fill, scratch
+from ._state import direct, kernels, transforms, wants_grad
+
+__all__ = [
+    "Operator",
+    "apply",
+    "as_rows",
+    "contiguous",
+    "define",
+    "direct",
+    "distinct",
+    "fill",
+    "kernels",
+    "library",
+    "matrix",
+    "run_backward",
+    "scratch",
+    "wants_grad",
+    "with_unit_stride",
+]
+
 library = Library("fastvit", "DEF")
-
-
-class _Kernels:
-    """The modules of ``fastvit.kernels`` by name, imported when first used: they need Triton, this package does not."""
-
-    def __getattr__(self, name: str) -> Any:
-        module = importlib.import_module(f"..kernels.{name}", __package__)
-        setattr(self, name, module)
-        return module
-
-
-kernels = _Kernels()
 
 
 def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = ("CUDA", "CPU")) -> Callable[..., Any]:
     """Registers ``fastvit::<schema>`` with its kernel (CUDA and, in the interpreter, CPU) and its shape function.
 
     Where the schema has a tensor, the implementation may return None for what was not asked for; the operator returns an empty
-    tensor there. Returns a function that calls the operator, or its implementation itself where PyTorch's dispatcher would do
-    no more than that.
+    tensor there. Returns a function that calls the operator, or its implementation itself, or a recipe of it, where PyTorch's
+    dispatcher would do no more than that.
     """
     name = schema.split("(")[0]
     library.define(schema)
@@ -48,36 +59,11 @@ def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = 
     operator = getattr(torch.ops.fastvit, name).default
 
     def call(*args: Any) -> Any:
-        return implementation(*args) if direct(*args) else operator(*args)
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        return _recipes.call(implementation, operator, args)
 
     return call
-
-
-_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
-_transforms, _tracing, _profiling = (
-    torch._C._are_functorch_transforms_active,
-    torch._C._get_tracing_state,
-    torch.autograd._profiler_enabled,
-)
-
-
-def nothing_between() -> bool:
-    """Whether no mode, transform, trace or profile stands between an operator's call and its kernel."""
-    return not (_dispatch_modes() or _function_modes() or _transforms() or _profiling() or _tracing() is not None)
-
-
-def direct(*args: Any) -> bool:
-    """Whether PyTorch's dispatcher would do no more than call the kernel: nothing between them, and plain tensors."""
-    if torch.compiler.is_compiling() or not nothing_between():
-        return False
-    for arg in args:
-        kind = type(arg)
-        if kind is Tensor or kind is nn.Parameter:
-            if arg.is_neg():  # negated when read, which kernels do not know
-                return False
-        elif isinstance(arg, Tensor):
-            return False
-    return True
 
 
 class Operator(torch.autograd.Function):
@@ -128,9 +114,35 @@ def apply(function: type[Operator], *args: Any) -> Any:
         return function.apply(*args)
     if forward_ad._current_level >= 0:
         function = _refusing_forward_mode(function)
-    if _transforms():
+    if transforms():
         return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # no defaults to look up at every call
+    out = apply_directly(function, *args)
+    if _thread.applied is not None:
+        _thread.applied.append((function, args, (out,) if isinstance(out, Tensor) else out))
+    return out
+
+
+def apply_directly(function: type[Operator], *args: Any) -> Any:
+    """``function.apply`` where no transform is active, without the defaults that it looks up at every call."""
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+class _Thread(threading.local):
+    applied: list[tuple] | None = None
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def applied() -> Iterator[list[tuple]]:
+    """Collects (Function, inputs, outputs) of the Functions that this thread applies inside."""
+    outer, found = _thread.applied, []  # type: ignore[var-annotated]
+    _thread.applied = found
+    try:
+        yield found
+    finally:
+        _thread.applied = outer
 
 
 def run_backward(operator: Any, *args: Any) -> tuple:
@@ -138,18 +150,6 @@ def run_backward(operator: Any, *args: Any) -> tuple:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return apply(_Once, operator, *args)
     return operator(*args)
-
-
-def wants_grad(*tensors: Tensor | None) -> bool:
-    """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
-    differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""
-    if not torch.compiler.is_compiling() and (_transforms() or forward_ad._current_level >= 0):
-        return True
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def distinct(*tensors: Tensor | None) -> list[Tensor | None]:

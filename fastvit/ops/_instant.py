@@ -1,101 +1,124 @@
-"""Operators in inference on a GPU that were called like this before: their results allocated, their kernels launched, no more.
+"""Public operators on a GPU that were called like this before: a look at the signature, then the recipe (see ``_recipes``).
 
-A call's signature is all that decides what it does: the backend in force and, of every tensor, shape, strides, dtype, device
-and alignment, beside every other argument. The first call of a signature runs whole, is observed, and leaves a recipe if all it
-did was to launch kernels on its arguments and its results, or to go to the vendor's operator by a rule; copies, scratch memory
-and other operators of PyTorch's leave none.
-Where anything else has a say (a gradient, autocast, a compiler, a mode, a trace, a hook), a call runs whole.
+In inference a call comes to its recipe, or to the vendor's operator by a rule. Where a gradient is wanted it comes to an autograd
+Function that runs the recipe and saves what the operator's own Function saves, whose backward is that one's.
+Checks, casts and dispatch are done once a signature. Under autocast a call that has nothing to cast has a recipe as well.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backend import get_backend
-from . import dispatch
-from ._common import kernels, nothing_between
-
-MAX_RECIPES = 4096
-
-Recipe = Callable[[tuple, list[int]], Any]
-
-_recipes: dict[tuple, Recipe | None] = {}
+from . import _common, _recipes, dispatch
+from ._state import kernels, nothing_between
 
 by_vendor: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (operator, way) → what it comes to, checks left out
 
-
-class _Recipe:
-    """``results``: shape, strides and dtype of each; ``single``: one tensor is returned, not a tuple."""
-
-    def __init__(self, plan: Any, results: list[tuple], single: bool):
-        self.plan, self.results, self.single = plan, results, single
-
-    def __call__(self, args: tuple, pointers: list[int]) -> Any:
-        like = args[0]
-        results = tuple([like.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in self.results])
-        pointers += [result.data_ptr() for result in results]
-        self.plan.run(pointers)
-        return results[0] if self.single else results
+Entry = Callable[[tuple, list[Tensor], list[int]], Any]
 
 
 def run(function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)``, a public operator whose first argument is a tensor."""
     first = args[0]
-    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cuda:
+    if torch.compiler.is_compiling() or not isinstance(first, Tensor) or not first.is_cuda or not nothing_between():
         return function(*args)
-    grad = torch.is_grad_enabled()
-    if (grad and first.requires_grad) or not nothing_between() or torch.is_autocast_enabled("cuda"):
+    if get_backend() == "torch" or forward_ad._current_level >= 0 or not _recipes.undisturbed():
         return function(*args)
-    backend = get_backend()
-    if backend == "torch" or forward_ad._current_level >= 0 or dispatch.collecting() or not kernels._plans.undisturbed():
+    cast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    seen = _recipes.signature_of(function, args, cast, torch.are_deterministic_algorithms_enabled())
+    if seen is None:
         return function(*args)
-    device = first.get_device()
-    signature: list[Any] = [function, backend, device]
-    if first.dtype is torch.float32:
-        signature.append(kernels._launch.input_precision(torch.float32))
-    pointers = []
-    for arg in args:
-        kind = arg.__class__
-        if kind is Tensor or kind is nn.Parameter:
-            if (grad and arg.requires_grad) or arg.is_neg() or arg.get_device() != device:
-                return function(*args)
-            pointer = arg.data_ptr()
-            pointers.append(pointer)
-            signature += (arg.shape, arg.stride(), arg.dtype, pointer & 15 == 0)
-        elif kind in _SCALARS:
-            signature += (kind, arg)  # True == 1 == 1.0
-        else:
-            return function(*args)
-    key = tuple(signature)
-    recipe = _recipes.get(key)
-    if recipe is not None:
-        return recipe(args, pointers)
-    if key in _recipes or 0 in pointers or len(set(pointers)) < len(pointers):  # tensors are told apart by where they lie
+    entry = _recipes.find(seen.key)
+    if entry:
+        return entry(args, seen.tensors, seen.pointers)
+    if entry is None:
         return function(*args)
-    return _observed(key, function, args, pointers)
-
-
-_SCALARS = (type(None), bool, int, float, str)
-
-
-def _observed(key: tuple, function: Callable[..., Any], args: tuple, pointers: list[int]) -> Any:
-    with kernels._launch.observe() as made, dispatch.taken() as ways:
+    with kernels._launch.observe() as made, dispatch.taken() as ways, _common.applied() as applied:
         out = function(*args)
-    results = (out,) if isinstance(out, Tensor) else out
-    pointers += [result.data_ptr() for result in results]
-    used = {value.data_ptr() for _, _, arguments, _ in made for value in arguments.values() if isinstance(value, Tensor)}
-    recipe: Recipe | None = None
-    vendor = by_vendor.get((function, ways[0][2])) if len(ways) == 1 and not made else None
+    vendor = by_vendor.get((function, ways[0][2])) if len(ways) == 1 and not made and cast is None else None
     if vendor is not None:
-        recipe = lambda args, pointers: vendor(*args)  # noqa: E731
-    elif all(result.data_ptr() in used for result in results):
-        places = {pointer: index for index, pointer in enumerate(pointers)}
-        plan = kernels._plans.plan_of(args[0].get_device(), made, lambda tensor: places.get(tensor.data_ptr()))
-        recipe = plan and _Recipe(plan, [(r.shape, r.stride(), r.dtype) for r in results], isinstance(out, Tensor))
-    if len(_recipes) >= MAX_RECIPES:
-        _recipes.clear()
-    _recipes[key] = recipe
+        entry = lambda args, tensors, pointers: vendor(*args)  # noqa: E731
+    elif seen.training:
+        entry = _trained(made, seen.tensors, applied, out)
+    else:
+        entry = _inferred(made, seen.tensors, out)
+    _recipes.keep(seen.key, entry)
     return out
+
+
+def _inferred(made: list, tensors: list[Tensor], out: Any) -> Entry | None:
+    single = isinstance(out, Tensor)
+    recipe = _recipes.recipe_of(made, tensors, (out,) if single else out)
+    if recipe is None:
+        return None
+
+    def infer(args: tuple, tensors: list[Tensor], pointers: list[int]) -> Any:
+        results = recipe(tensors, pointers)
+        return results[0] if single else tuple(results)
+
+    return infer
+
+
+def _trained(made: list, tensors: list[Tensor], applied: list[tuple], out: Any) -> Entry | None:
+    """Of a call that came to one Function, given the tensors among the arguments themselves."""
+    if len(applied) != 1:
+        return None
+    function, inputs, outputs = applied[0]
+    single = isinstance(out, Tensor)
+    count = 1 if single else len(out)
+    if any(a is not b for a, b in zip((out,) if single else out, outputs, strict=False)):
+        return None
+    recipe = _recipes.recipe_of(made, tensors, outputs)
+    template = _template(inputs, tensors)
+    if recipe is None or template is None:
+        return None
+    replaying = _replaying(function)
+
+    def train(args: tuple, tensors: list[Tensor], pointers: list[int]) -> Any:
+        inputs = [
+            other if place is None else tensors[place] if other is None else tensors[place].as_strided(*other)
+            for place, other in template
+        ]
+        return _common.apply_directly(replaying, *inputs, (recipe, tensors, pointers, None if single else count))
+
+    return train
+
+
+def _template(inputs: tuple, tensors: list[Tensor]) -> list[tuple] | None:
+    """For each of a Function's inputs: None and a number, word or None; or the place of a tensor among the arguments, beside
+    shape and strides where it is a view of that one (and wants no gradient)."""
+    template: list[tuple] = []
+    for value in inputs:
+        if not isinstance(value, Tensor):
+            template.append((None, value))
+            continue
+        place = next((index for index, t in enumerate(tensors) if t.data_ptr() == value.data_ptr()), None)
+        if place is None or value.dtype != tensors[place].dtype:
+            return None
+        if value is not tensors[place] and (value.requires_grad or tensors[place].requires_grad):
+            return None
+        template.append((place, None if value is tensors[place] else (value.shape, value.stride())))
+    return template
+
+
+@functools.cache
+def _replaying(function: type[_common.Operator]) -> type[_common.Operator]:
+    """The Function of an operator, of the same name and backward, whose forward is a recipe: the last argument."""
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        recipe, tensors, pointers, count = args[-1]
+        outputs = recipe(tensors, pointers)
+        function.setup_context(ctx, args[:-1], outputs)
+        ctx.missing = (None,) * (len(outputs) - (count or 1))
+        return outputs[0] if count is None else tuple(outputs[:count])
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *function.backward(ctx, *grads, *ctx.missing), None
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(function.__name__, (_common.Operator,), members)

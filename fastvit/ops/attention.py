@@ -5,10 +5,24 @@ nothing; inputs are read through their own strides, packed qkv included. Backwar
 a row (lse), never a score.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, direct, distinct, kernels, run_backward, wants_grad, with_unit_stride
+from ._common import (
+    Operator,
+    apply,
+    contiguous,
+    define,
+    direct,
+    distinct,
+    kernels,
+    run_backward,
+    scratch,
+    wants_grad,
+    with_unit_stride,
+)
 
 
 def _new_heads(like: Tensor, batch: int, heads: int, rows: int, dim: int) -> Tensor:
@@ -40,8 +54,8 @@ def attention_forward(
     rel = contiguous(rel_h), contiguous(rel_w)
     splits = kernels.attention_split.splits_of(q, k, v, mask, rel_h, is_causal)
     if splits > 1:
-        partial = query.new_empty(splits, batch, heads, queries, value.shape[3], dtype=torch.float32)
-        partial_lse = query.new_empty(splits, batch, heads, queries, dtype=torch.float32)
+        partial = scratch(query.new_empty(splits, batch, heads, queries, value.shape[3], dtype=torch.float32))
+        partial_lse = scratch(query.new_empty(splits, batch, heads, queries, dtype=torch.float32))
         kernels.attention_split.launch_attention_split(q, k, v, mask, scale, partial, partial_lse, out, lse)
     else:
         kernels.attention_forward.launch_attention_forward(q, k, v, mask, *rel, is_causal, scale, out, lse)
@@ -61,17 +75,18 @@ def attention_backward(
     is_causal: bool,
     scale: float,
     wants_mask: bool,
+    into: Sequence[Tensor] | None = None,
 ):
-    """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three None where not wanted."""
+    """Returns (dquery, dkey, dvalue, dattn_mask, drel_h, drel_w), the last three None where not wanted; ``into``: where to write
+    the first three, each with last stride 1."""
     batch, heads, queries, dim = query.shape
     key_heads, keys, value_dim = key.shape[1], key.shape[2], value.shape[3]
     q, k, v, out, dout = (with_unit_stride(t) for t in (query, key, value, out, grad))
     rel_h, rel_w = contiguous(rel_h), contiguous(rel_w)
     inputs = (q, k, v, _as_bytes(attn_mask), rel_h, rel_w, is_causal, scale)
-    dq = _new_heads(query, batch, heads, queries, dim)
-    dk = _new_heads(key, batch, key_heads, keys, dim)
-    dv = _new_heads(value, batch, key_heads, keys, value_dim)
-    delta = torch.empty_like(lse)
+    sizes = ((heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, value_dim))
+    dq, dk, dv = [_new_heads(query, batch, *size) for size in sizes] if into is None else into
+    delta = scratch(torch.empty_like(lse))
     drel_h = drel_w = dmask = None
     if batch * heads == 0:
         likes = (attn_mask if wants_mask else None, rel_h, rel_w)
@@ -128,11 +143,14 @@ class Attention(Operator):
     @staticmethod
     def setup_context(ctx, inputs, output):
         query, key, value, attn_mask, rel_h, rel_w, ctx.is_causal, ctx.scale = inputs
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(query, key, value, attn_mask, rel_h, rel_w, *output)
 
     @staticmethod
     def backward(ctx, grad, _lse):
+        if grad is None:
+            return (None,) * 8
         wants = ctx.needs_input_grad
         saved = ctx.saved_tensors
         grads = run_backward(call_attention_backward, grad, *saved, ctx.is_causal, ctx.scale, wants[3])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backend import get_backend
 from . import torch_backend
-from ._common import kernels, wants_grad
+from ._state import kernels, wants_grad
 
 FUSED_BY_VENDOR = ("relu", "gelu_tanh")  # activations that cuBLASLt's epilogue computes exactly
 LIBRARIES = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}

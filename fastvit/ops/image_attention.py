@@ -9,7 +9,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, direct, distinct, kernels, run_backward, wants_grad, with_unit_stride
+from ._common import (
+    Operator,
+    apply,
+    contiguous,
+    define,
+    direct,
+    distinct,
+    kernels,
+    run_backward,
+    scratch,
+    wants_grad,
+    with_unit_stride,
+)
 
 
 def image_attention_forward(
@@ -39,7 +51,7 @@ def image_attention_forward(
 def _positions(qkv: Tensor, tables: tuple[Tensor, Tensor], num_heads: int, window: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """rel_h (B, H, Hi·Wi, h) and rel_w (B, H, Hi·Wi, w)."""
     batch, height, width, _ = qkv.shape
-    rel_h, rel_w = (qkv.new_empty(batch, num_heads, height * width, size) for size in window)
+    rel_h, rel_w = (scratch(qkv.new_empty(batch, num_heads, height * width, size)) for size in window)
     kernels.image_attention_positions.launch_positions(qkv, *tables, num_heads, window, rel_h, rel_w)
     return rel_h, rel_w
 
@@ -67,7 +79,7 @@ def image_attention_backward(
         return dqkv, *(None if like is None else like.new_zeros(like.shape) for like in likes)
     dtable_h = dtable_w = dpad = None
     qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
-    delta = torch.empty_like(lse)
+    delta = scratch(torch.empty_like(lse))
     rel = None if tables is None else _positions(qkv, tables, num_heads, size)
     inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale)
     saved = (dout, lse, delta, dqkv)
@@ -149,11 +161,14 @@ class ImageAttention(Operator):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.num_heads, ctx.window, ctx.scale = inputs
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
     def backward(ctx, grad, _lse):
+        if grad is None:
+            return (None,) * 7
         wants = ctx.needs_input_grad
         options = (ctx.num_heads, ctx.window, ctx.scale, wants[1] or wants[2], wants[3])
         grads = run_backward(call_image_attention_backward, grad, *ctx.saved_tensors, *options)

@@ -8,7 +8,20 @@ import math
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, as_rows, contiguous, define, direct, distinct, kernels, matrix, run_backward, wants_grad
+from ._common import (
+    Operator,
+    apply,
+    as_rows,
+    contiguous,
+    define,
+    direct,
+    distinct,
+    kernels,
+    matrix,
+    run_backward,
+    scratch,
+    wants_grad,
+)
 from .sums import sum_partials
 
 
@@ -33,7 +46,7 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     rows, channels = x.shape
     wide = channels > kernels.layer_norm_backward.MAX_CHANNELS_BACKWARD
     strips = kernels.reduce.strips_for(rows, x) if wide else kernels.layer_norm_backward.backward_programs(x, wants[2])
-    partials = [x.new_empty(strips, channels, dtype=torch.float32) if want else None for want in wants]
+    partials = [scratch(x.new_empty(strips, channels, dtype=torch.float32)) if want else None for want in wants]
     run = kernels.layer_norm_wide.launch_wide_backward if wide else kernels.layer_norm_backward.launch_layer_norm_backward
     weight_, scale_ = contiguous(weight), contiguous(scale)
     if rows:
@@ -122,11 +135,14 @@ class LayerNorm(Operator):
     @staticmethod
     def setup_context(ctx, inputs, output):
         input, weight, bias, _, ctx.statistics = inputs
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         ctx.mark_non_differentiable(output[1], output[2])
         ctx.save_for_backward(input, weight, bias, output[1], output[2])
 
     @staticmethod
     def backward(ctx, grad, _mean, _rstd):
+        if grad is None:
+            return (None,) * 5
         input, weight, bias, mean, rstd = ctx.saved_tensors
         dx, dweight, dbias = run_backward(call_layer_norm_backward, grad, input, weight, bias, mean, rstd, ctx.statistics)
         return dx, None if weight is None else dweight, None if bias is None else dbias, None, None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad
+from ._common import Operator, apply, contiguous, define, distinct, fill, kernels, run_backward, scratch, wants_grad
 from .sums import strip_sums, sum_partials
 
 
@@ -43,16 +43,23 @@ def _product(
     if activation is None and pre is None and hidden is None and left_to_vendor(a, b):
         a = _matrix(a)
         rows = out if out.dim() == 2 else out.view(a.shape[0], b.shape[0])
-        with torch.no_grad():  # raw operators record nothing, and out= refuses tensors that want a gradient
-            torch.mm(a, b.t(), out=rows) if bias is None else torch.addmm(bias, a, b.t(), out=rows)
+        fill(rows, torch.mm, a, b.t()) if bias is None else fill(rows, torch.addmm, bias, a, b.t())
         return out
     splits = kernels.linear_split.splits_of(a, b, backward)
     if splits == 1:
         kernels.linear.launch_linear(a, b, contiguous(bias), out, pre, hidden, activation, backward)
     else:
-        partial = a.new_empty(splits, out.numel() // b.shape[0], b.shape[0], dtype=torch.float32)
+        partial = scratch(a.new_empty(splits, out.numel() // b.shape[0], b.shape[0], dtype=torch.float32))
         kernels.linear_split.launch_linear_split(a, b, contiguous(bias), out, partial, pre, hidden, activation, backward)
     return out
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a [M, K] · b [N, K]ᵀ"""
+    if left_to_vendor(a, b):
+        fill(out, torch.addmm, out, a, b.t())
+    else:
+        fill(out, torch.add, out, scratch(_product(a, b)))
 
 
 def left_to_vendor(a: Tensor, b: Tensor) -> bool:
@@ -68,7 +75,7 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
-    dpre = pre.new_empty(pre.shape)
+    dpre = scratch(pre.new_empty(pre.shape))
     kernels.linear.launch_activation_backward(dy.contiguous(), pre, dpre, activation)
     return dpre
 
@@ -131,12 +138,15 @@ class Linear(Operator):
     def setup_context(ctx, inputs, output):
         input, weight, bias, ctx.activation = inputs
         ctx.has_bias = bias is not None
+        ctx.set_materialize_grads(False)  # no zeros for what has no gradient
         if output[1] is not None:
             ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, weight, output[1])
 
     @staticmethod
     def backward(ctx, grad, _pre):
+        if grad is None:
+            return (None,) * 4
         input, weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:3])
         grads = run_backward(call_linear_backward, grad, input, weight, pre, ctx.activation, ctx.has_bias, wants)
@@ -155,6 +165,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
 def mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation: str | None, save: bool):
     """Returns (out, pre): pre (..., hidden) before the activation, None unless ``save``."""
     hidden, pre = linear_forward(input, fc1_weight, fc1_bias, activation, save)
+    scratch(hidden)
     if save and activation is None:
         pre = hidden
     return linear_forward(hidden, fc2_weight, fc2_bias, None, False)[0], pre
@@ -176,11 +187,12 @@ def mlp_backward(
     pre = pre.view(-1, w1.shape[0])
     hidden = None
     if wants[3]:
-        hidden = pre if activation is None else pre.new_empty(pre.shape)
+        hidden = pre if activation is None else scratch(pre.new_empty(pre.shape))
     dy_sums = strip_sums(dy) if wants[4] and has_fc2_bias else None
-    dpre = _product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=None if activation is None else hidden)
+    kept = None if activation is None else hidden
+    dpre = scratch(_product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=kept))
     dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden)
-    del hidden
+    del hidden, kept
     dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
     dfc1_weight = _weight_gradient(dpre, x) if wants[1] else None
     dpre_sums = strip_sums(dpre) if wants[2] and has_fc1_bias else None
@@ -224,11 +236,14 @@ class MLP(Operator):
     def setup_context(ctx, inputs, output):
         input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, ctx.activation = inputs
         ctx.has_bias = fc1_bias is not None, fc2_bias is not None
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(input, fc1_weight, fc2_weight, output[1])
 
     @staticmethod
     def backward(ctx, grad, _pre):
+        if grad is None:
+            return (None,) * 6
         input, fc1_weight, fc2_weight, pre = ctx.saved_tensors
         wants = list(ctx.needs_input_grad[:5])
         grads = run_backward(call_mlp_backward, grad, input, fc1_weight, fc2_weight, pre, ctx.activation, *ctx.has_bias, wants)

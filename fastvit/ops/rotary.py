@@ -8,7 +8,7 @@ way round; with one the inputs, from which the statistics are computed again.
 import torch
 from torch import Tensor
 
-from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, wants_grad, with_unit_stride
+from ._common import Operator, apply, contiguous, define, distinct, kernels, run_backward, scratch, wants_grad, with_unit_stride
 from .sums import sum_partials
 
 
@@ -67,7 +67,7 @@ def qk_norm_rope_backward(
     params = (query_weight, query_bias, key_weight, key_bias)
     programs = [kernels.rotary_backward.backward_programs(x) for x in (query, query, key, key)]
     partials = [
-        None if p is None else query.new_empty(count, query.shape[3], dtype=torch.float32)
+        None if p is None else scratch(query.new_empty(count, query.shape[3], dtype=torch.float32))
         for p, count in zip(params, programs, strict=True)
     ]
     weights = contiguous(query_weight), contiguous(key_weight)

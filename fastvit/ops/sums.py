@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ._common import kernels
+from ._common import kernels, scratch
 
 
 def sum_partials(partials: Iterable[Tensor | None], likes: Iterable[Tensor | None]) -> list[Tensor | None]:
@@ -36,6 +36,6 @@ def strip_sums(x: Tensor) -> Tensor:
     strips = kernels.reduce.strips_for(rows, x)
     if strips <= 1:
         return x
-    partial = x.new_empty(strips, channels, dtype=torch.float32)
+    partial = scratch(x.new_empty(strips, channels, dtype=torch.float32))
     kernels.reduce.launch_column_sums(x, partial)
     return partial

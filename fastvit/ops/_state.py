@@ -1,0 +1,58 @@
+"""What stands between a call and its kernels: modes, transforms, traces, compilers, and gradients that are wanted."""
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+class _Kernels:
+    """The modules of ``fastvit.kernels`` by name, imported when first used: they need Triton, this package does not."""
+
+    def __getattr__(self, name: str) -> Any:
+        module = importlib.import_module(f"..kernels.{name}", __package__)
+        setattr(self, name, module)
+        return module
+
+
+kernels = _Kernels()
+
+dispatch_modes, function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+transforms, tracing, profiling = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._get_tracing_state,
+    torch.autograd._profiler_enabled,
+)
+
+
+def nothing_between() -> bool:
+    """Whether no mode, transform, trace or profile stands between an operator's call and its kernel."""
+    return not (dispatch_modes() or function_modes() or transforms() or profiling() or tracing() is not None)
+
+
+def direct(*args: Any) -> bool:
+    """Whether PyTorch's dispatcher would do no more than call the kernel: nothing between them, and plain tensors."""
+    if torch.compiler.is_compiling() or not nothing_between():
+        return False
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is nn.Parameter:
+            if arg.is_neg():  # negated when read, which kernels do not know
+                return False
+        elif isinstance(arg, Tensor):
+            return False
+    return True
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
+    differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""
+    if not torch.compiler.is_compiling() and (transforms() or forward_ad._current_level >= 0):
+        return True
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
