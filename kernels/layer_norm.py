@@ -38,7 +38,13 @@ def load_piece(ptr, row, column, stride_row, inside, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _gather(
+def load_parameter(ptr, row, column, inside):
+    """Once a row (+ row * 0): each lane loads what its columns need, which one load for all rows would have to be shuffled to."""
+    return tl.load(ptr + column[None, :] + row[:, None] * 0, mask=inside[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def gather(
     x_ptr,
     branch_ptr,
     scale_ptr,
@@ -57,7 +63,7 @@ def _gather(
     if branch_ptr is not None:
         branch = load_piece(branch_ptr, row, column, stride_branch_row, inside, MASKED)
         if scale_ptr is not None:
-            branch *= tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            branch *= load_parameter(scale_ptr, row, column, inside)
         rounded = (x + branch).to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row[:, None] * channels + column[None, :], rounded, mask=stored)
         x = rounded.to(tl.float32)
@@ -65,19 +71,20 @@ def _gather(
 
 
 @triton.jit
-def _centre(x, mean, inside, MASKED: tl.constexpr):
+def centre(x, mean, inside, MASKED: tl.constexpr):
     x -= mean[:, None]
     return tl.where(inside[None, :], x, 0.0) if MASKED else x
 
 
 @triton.jit
-def _emit(centred, rstd, weight_ptr, bias_ptr, y_ptr, row, column, inside, stored, channels):
+def affine(centred, rstd, weight_ptr, bias_ptr, row, column, inside):
+    """One piece of the rows, normalized; 0 where there is no column."""
     y = centred * rstd[:, None]
     if weight_ptr is not None:
-        y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        y *= load_parameter(weight_ptr, row, column, inside)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=stored)
+        y += load_parameter(bias_ptr, row, column, inside)
+    return y
 
 
 @triton.jit
@@ -113,27 +120,29 @@ def _layer_norm_forward(
     inside = column < channels if MASKED else column >= 0
     stored = valid[:, None] & inside[None, :]
     # fmt: off
-    x = _gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, column, inside, stored, channels,
+    x = gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, column, inside, stored, channels,
                 stride_x_row, stride_branch_row, MASKED)
     mean = tl.sum(x, axis=1)
     if TAIL:
         tail_column = BLOCK_C + tl.arange(0, TAIL)
         tail_inside = tail_column >= 0 if EVEN else tail_column < channels
         tail_stored = valid[:, None] & tail_inside[None, :]
-        tail = _gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, tail_column, tail_inside, tail_stored, channels,
+        tail = gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, tail_column, tail_inside, tail_stored, channels,
                        stride_x_row, stride_branch_row, not EVEN)
         mean += tl.sum(tail, axis=1)
     # fmt: on
     mean /= channels
-    x = _centre(x, mean, inside, MASKED)
+    x = centre(x, mean, inside, MASKED)
     squares = tl.sum(x * x, axis=1)
     if TAIL:
-        tail = _centre(tail, mean, tail_inside, not EVEN)
+        tail = centre(tail, mean, tail_inside, not EVEN)
         squares += tl.sum(tail * tail, axis=1)
     rstd = 1.0 / tl.sqrt_rn(squares / channels + eps)
-    _emit(x, rstd, weight_ptr, bias_ptr, y_ptr, row, column, inside, stored, channels)
+    y = affine(x, rstd, weight_ptr, bias_ptr, row, column, inside)
+    tl.store(y_ptr + row[:, None] * channels + column[None, :], y.to(y_ptr.dtype.element_ty), mask=stored)
     if TAIL:
-        _emit(tail, rstd, weight_ptr, bias_ptr, y_ptr, row, tail_column, tail_inside, tail_stored, channels)
+        y_tail = affine(tail, rstd, weight_ptr, bias_ptr, row, tail_column, tail_inside)
+        tl.store(y_ptr + row[:, None] * channels + tail_column[None, :], y_tail.to(y_ptr.dtype.element_ty), mask=tail_stored)
     if mean_ptr is not None:
         tl.store(mean_ptr + row, mean, mask=valid)
         tl.store(rstd_ptr + row, rstd, mask=valid)

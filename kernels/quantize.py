@@ -21,8 +21,40 @@ from ._launch import launch, target_of
 from ._plans import planned
 from ._tuning import config
 from .glu import _activate
+from .layer_norm import affine, align_of, centre, counted_in, gather, pieces
 
 SCALE_BLOCK = 128
+
+
+@triton.jit
+def magnitude(x, axis: tl.constexpr, FORMAT: tl.constexpr):
+    """max |x| along ``axis``; for int8 its bits, which compare as integers as magnitudes do as numbers, NaN above infinity."""
+    if tl.int8 == FORMAT:
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis)
+    else:
+        return tl.max(tl.abs(x), axis=axis)
+
+
+@triton.jit
+def scale_of(largest, FORMAT: tl.constexpr):
+    """(amax / L, L / amax) of a ``magnitude``, float32."""
+    if tl.int8 == FORMAT:
+        amax = tl.maximum(largest, 0x0DA24260).to(tl.float32, bitcast=True)  # 1e-30
+        return tl.div_rn(amax, 127.0) + (amax - amax), tl.div_rn(127.0, amax)
+    else:
+        amax = tl.maximum(largest, 1e-30)
+        return tl.div_rn(amax, 448.0), tl.div_rn(448.0, amax)
+
+
+@triton.jit
+def rounded(x, inverse, axis: tl.constexpr, FORMAT: tl.constexpr):
+    """x · inverse in FORMAT, ``inverse`` without ``axis``."""
+    inverse = tl.expand_dims(inverse, axis)
+    if tl.int8 == FORMAT:
+        # 1.5 · 2²³ leaves no room for a fraction: the sum is rounded to an integer, which lies in its last bits.
+        return tl.fma(x, inverse.broadcast_to(x.shape), 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+    else:
+        return (x * inverse).to(FORMAT)
 
 
 @triton.jit
@@ -31,17 +63,8 @@ def to_8_bits(x, axis: tl.constexpr, FORMAT: tl.constexpr):
 
     A NaN stays one in e4m3, which leaves it out of the maximum, and an infinity becomes one; in int8 either makes the scale NaN.
     """
-    if tl.int8 == FORMAT:
-        # Magnitudes compare as integers as they do as numbers, NaN above infinity. 0x0DA24260 is 1e-30.
-        bits = tl.maximum(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis), 0x0DA24260)
-        amax = bits.to(tl.float32, bitcast=True)
-        # 1.5 · 2²³ leaves no room for a fraction: the sum is rounded to an integer, which lies in its last bits.
-        shifted = tl.fma(x, tl.expand_dims(tl.div_rn(127.0, amax), axis).broadcast_to(x.shape), 12582912.0)
-        return shifted.to(tl.int32, bitcast=True).to(tl.int8), tl.div_rn(amax, 127.0) + (amax - amax)
-    else:
-        amax = tl.maximum(tl.max(tl.abs(x), axis=axis), 1e-30)
-        values = x * tl.expand_dims(tl.div_rn(448.0, amax), axis)
-        return values.to(FORMAT), tl.div_rn(amax, 448.0)
+    scale, inverse = scale_of(magnitude(x, axis, FORMAT), FORMAT)
+    return rounded(x, inverse, axis, FORMAT), scale
 
 
 @triton.jit
@@ -62,31 +85,57 @@ def _quantize(
     NORM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    TAIL: tl.constexpr,  # these three as in ``layer_norm``
+    EVEN: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
+    FORMAT: tl.constexpr = values_ptr.dtype.element_ty
+    MASKED: tl.constexpr = TAIL == 0 and not EVEN
+    channels = counted_in(ALIGN, channels)
+    stride_x_row = counted_in(ALIGN, stride_x_row)
+    stride_branch_row = counted_in(ALIGN, stride_branch_row)
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    valid = row < rows
+    row = tl.minimum(row, rows - 1)  # instead of a mask on every load, as in ``layer_norm``
     column = tl.arange(0, BLOCK_C)
-    inside = column < channels
-    mask = (row < rows)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_x_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    if branch_ptr is not None:
-        branch = tl.load(branch_ptr + row[:, None] * stride_branch_row + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        if layer_scale_ptr is not None:
-            branch *= tl.load(layer_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        rounded = (x + branch).to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + row[:, None] * channels + column[None, :], rounded, mask=mask)
-        x = rounded.to(tl.float32)
+    inside = column < channels if MASKED else column >= 0
+    stored = valid[:, None] & inside[None, :]
+    # fmt: off
+    x = gather(x_ptr, branch_ptr, layer_scale_ptr, total_ptr, row, column, inside, stored, channels,
+               stride_x_row, stride_branch_row, MASKED)
+    if TAIL:
+        tail_column = BLOCK_C + tl.arange(0, TAIL)
+        tail_inside = tail_column >= 0 if EVEN else tail_column < channels
+        tail_stored = valid[:, None] & tail_inside[None, :]
+        tail = gather(x_ptr, branch_ptr, layer_scale_ptr, total_ptr, row, tail_column, tail_inside, tail_stored, channels,
+                      stride_x_row, stride_branch_row, not EVEN)
+    # fmt: on
     if NORM:
-        mean = tl.sum(x, axis=1) / channels
-        centred = tl.where(mask, x - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, axis=1) / channels + eps)
-        x = centred * rstd[:, None]
-        if weight_ptr is not None:
-            x *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        if bias_ptr is not None:
-            x += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    values, scale = to_8_bits(x, 1, values_ptr.dtype.element_ty)
-    tl.store(values_ptr + row[:, None] * channels + column[None, :], values, mask=mask)
-    tl.store(scale_ptr + row, scale, mask=row < rows)
+        mean = tl.sum(x, axis=1)
+        if TAIL:
+            mean += tl.sum(tail, axis=1)
+        mean /= channels
+        x = centre(x, mean, inside, MASKED)
+        squares = tl.sum(x * x, axis=1)
+        if TAIL:
+            tail = centre(tail, mean, tail_inside, not EVEN)
+            squares += tl.sum(tail * tail, axis=1)
+        rstd = 1.0 / tl.sqrt_rn(squares / channels + eps)
+        x = affine(x, rstd, weight_ptr, bias_ptr, row, column, inside)
+        if TAIL:
+            tail = affine(tail, rstd, weight_ptr, bias_ptr, row, tail_column, tail_inside)
+    largest = magnitude(x, 1, FORMAT)
+    if TAIL:
+        largest = tl.maximum(largest, magnitude(tail, 1, FORMAT))
+    scale, inverse = scale_of(largest, FORMAT)
+    tl.store(scale_ptr + row, scale, mask=valid)
+    # As many values side by side as were loaded so: left to itself the compiler stores 16, and shuffles them together.
+    ADJACENT: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    offset = tl.max_contiguous(row[:, None] * channels + column[None, :], (1, ADJACENT))
+    tl.store(values_ptr + offset, rounded(x, inverse, 1, FORMAT), mask=stored)
+    if TAIL:
+        offset = tl.max_contiguous(row[:, None] * channels + tail_column[None, :], (1, ADJACENT))
+        tl.store(values_ptr + offset, rounded(tail, inverse, 1, FORMAT), mask=tail_stored)
 
 
 @triton.jit
@@ -151,7 +200,8 @@ def launch_quantize(
         stride_branch_row=0 if branch is None else branch.stride(0),
         eps=eps,
         NORM=norm,
-        BLOCK_C=max(16, triton.next_power_of_2(channels)),
+        ALIGN=align_of(channels, x.stride(0), 0 if branch is None else branch.stride(0)),
+        **pieces(channels),
     )
 
 

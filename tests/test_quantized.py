@@ -14,7 +14,7 @@ from tests.test_offsets import _far_apart
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-SHAPES = [(1, 1), (3, 16), (2, 3, 40), (5, 257)]
+SHAPES = [(1, 1), (3, 16), (3, 48), (2, 3, 40), (5, 257)]
 
 
 @pytest.fixture(params=["fp8", "int8"])
