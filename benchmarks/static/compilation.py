@@ -35,6 +35,7 @@ MATRIX_OPS = (
     "attention_backward_query",
     "attention_backward_key",
     "attention_backward_mask",
+    "attention_backward_short",
     "rotary_attention",
     "image_attention_forward",
     "image_attention_global",

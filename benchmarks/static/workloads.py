@@ -34,9 +34,10 @@ def _attention(
     tokens: int = 577,
     queries: int | None = None,
     backward: bool = True,
+    batch: int = 2,
 ) -> None:
     """q, k, v as a ViT hands them over, slices of one (B, N, 3, H, D) tensor; ``queries`` takes only so many of them."""
-    query, key, value = _meta(2, tokens, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
+    query, key, value = _meta(batch, tokens, 3, 12, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     query = query if queries is None else query[:, :, :queries]
     mask = rel_h = rel_w = None
     if extra == "boolean mask":
@@ -154,6 +155,8 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"attention bf16 D={dim}, {tokens} tokens", partial(_attention, dim, tokens=tokens, backward=False)
     for name, dtype in (("bf16", HALF), ("fp32", SINGLE)):
         yield f"attention {name} D=32, 7 queries of 4096 tokens", partial(_attention, 32, dtype, "plain", 4096, 7, False)
+    for dim, tokens in ((64, 197), (64, 257), (32, 197)):
+        yield f"attention bf16 D={dim}, {tokens} tokens of 16 images", partial(_attention, dim, tokens=tokens, batch=16)
     yield "attention bf16 D=80", partial(_attention, 80)
     for dim in (64, 80):
         yield f"image attention bf16 D={dim}, 64×64 of 64×64 tokens", partial(_image_attention, dim)

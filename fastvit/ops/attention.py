@@ -86,11 +86,14 @@ def attention_backward(
     inputs = (q, k, v, _as_bytes(attn_mask), rel_h, rel_w, is_causal, scale)
     sizes = ((heads, queries, dim), (key_heads, keys, dim), (key_heads, keys, value_dim))
     dq, dk, dv = [_new_heads(query, batch, *size) for size in sizes] if into is None else into
-    delta = scratch(torch.empty_like(lse))
     drel_h = drel_w = dmask = None
     if batch * heads == 0:
         likes = (attn_mask if wants_mask else None, rel_h, rel_w)
         return dq, dk.zero_(), dv.zero_(), *(None if t is None else torch.zeros_like(t) for t in likes)
+    if kernels.attention_backward_short.serves(q, k, v, attn_mask, rel_h, is_causal, out, dout, dq, dk, dv):
+        kernels.attention_backward_short.launch_attention_backward_short(q, k, v, scale, out, dout, lse, dq, dk, dv)
+        return dq, dk, dv, None, None, None
+    delta = scratch(torch.empty_like(lse))
     if rel_h is None or rel_w is None:
         kernels.attention_backward_query.launch_attention_backward_query(*inputs, out, dout, lse, delta, dq, None, None)
     else:
