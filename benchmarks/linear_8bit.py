@@ -94,15 +94,21 @@ class Operands:
         self.bias = torch.randn(n, **half)
         self.residual = torch.randn(case.rows, n, **half) if case.kind == "fc2" else None
         self.activation = "gelu" if case.kind == "fc1" else None
-        self.block = reference_quantized.BLOCK if case.kind == "fc2" else None
-        self.rounded = by_definition(self.x, case.precision, self.block)
+        self.block = reference_quantized.BLOCK if case.kind == "fc2" and case.precision == "int8" else None
         self.rounded_weight = quantized.quantize_weight(self.weight, self.form, self.bias)
+        self.given = None  # the scale of a whole hidden layer in FP8
+        if case.precision == "fp8" and case.kind == "fc1":
+            self.x = F.layer_norm(self.x, (k,))
+            self.given = reference_quantized.hidden_scale(self.weight, self.bias, None, None)
+        if case.precision == "fp8" and case.kind == "fc2":
+            self.given = self.x.abs().amax().float().view(1) / 64  # a bound seven times what there is
+        self.rounded = by_definition(self.x, case.precision, self.block, self.given if case.kind == "fc2" else None)
 
     def exact(self, rounded: bool) -> Tensor:
         """In float64, of the rounded operands or of those in bf16."""
         x, weight = self.x.double(), self.weight.double()
         if rounded:
-            x = _dequantized(self.rounded, self.block).double()
+            x = _dequantized(self.rounded).double()
             weight = self.rounded_weight.values.double() * self.rounded_weight.scale[:, None].double()
         return self.finish(F.linear(x, weight, self.bias.double()))
 
@@ -113,18 +119,23 @@ class Operands:
     def ours(self) -> Call:
         """What a block launches."""
         if self.case.kind == "fc1":
-            return lambda: quantized.linear_quantized(self.rounded, self.rounded_weight, "gelu")  # type: ignore[return-value]
+            return lambda: quantized.linear_quantized(  # type: ignore[return-value]
+                self.rounded, self.rounded_weight, "gelu", self.given
+            )
         return lambda: quantized.linear(self.rounded, self.rounded_weight, torch.bfloat16, residual=self.residual)
 
 
-def _dequantized(rounded: quantized.Quantized, block: int | None) -> Tensor:
-    scale = rounded.scale.t() if block else rounded.scale[:, None]
-    return reference_quantized.dequantize(rounded.values, scale, block)
+def _dequantized(rounded: quantized.Quantized) -> Tensor:
+    if rounded.scale.dim() == 2:
+        return reference_quantized.dequantize(rounded.values, rounded.scale.t(), reference_quantized.BLOCK)
+    return reference_quantized.dequantize(rounded.values, rounded.scale[:, None])
 
 
-def by_definition(x: Tensor, precision: str, block: int | None = None) -> quantized.Quantized:
+def by_definition(x: Tensor, precision: str, block: int | None = None, given: Tensor | None = None) -> quantized.Quantized:
     """x (rows, columns) rounded as the kernels round, scales as they want them."""
-    values, scale = reference_quantized.quantize(x, quantized.FORMATS[precision], block)
+    values, scale = reference_quantized.quantize(x, quantized.FORMATS[precision], block, given)
+    if given is not None:
+        return quantized.Quantized(values, given)
     return quantized.Quantized(values, scale.t().contiguous() if block else scale.flatten())
 
 
@@ -163,11 +174,11 @@ def _int_mm(on: Operands) -> Call:
     return lambda: on.finish((torch._int_mm(values, weight) * (scale * weight_scale) + on.bias).bfloat16())
 
 
-def check(precision: str, out: Any, exact: Tensor, block: int | None) -> float:
+def check(precision: str, out: Any, exact: Tensor) -> float:
     """The error of what a kernel returned, a tensor in bf16 or ``Quantized``, against float64. Raises ``WrongResult``."""
     if not isinstance(out, quantized.Quantized):
         return accuracy.check("fastvit", [out], [exact], torch.bfloat16)
-    (error,) = accuracy.errors([_dequantized(out, block)], [exact])
+    (error,) = accuracy.errors([_dequantized(out)], [exact])
     allowed = ROUNDED_ERROR[precision]
     if not (error.overall <= allowed and error.row <= 4 * allowed):
         raise accuracy.WrongResult(
@@ -201,7 +212,7 @@ def run(case: Case, row: results.Row, settings: Settings) -> None:
         else:
             build = Operands.ours
         out: Any = build(sets[0])()
-        row["max_error"] = check(case.precision, out, exact, reference_quantized.BLOCK)
+        row["max_error"] = check(case.precision, out, exact)
         timing = time_of(build)
         row |= {"ours_ms": timing.ms, "ours_spread": timing.spread, "peak_mb": timing.peak_mb}
         row["timed"], row["events_ms"] = {"fastvit": timing.timed}, {"fastvit": timing.events_ms}

@@ -52,7 +52,7 @@ class Rounding:
             out, _ = quantized.add_layer_norm(x, other, weight, bias, 1e-6, form, gamma)
         else:
             out = quantized.glu(x, other, "silu", form)
-        return linear_8bit.check(self.precision, out, exact, block)
+        return linear_8bit.check(self.precision, out, exact)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Product:
         on = linear_8bit.Operands(replace(self.case, rows=5, channels=32) if settings.dry else self.case, settings.device)
         exact = on.exact(rounded=True)
         out = exact.bfloat16() if settings.dry else on.ours()()
-        return linear_8bit.check(self.precision, out, exact, reference_quantized.BLOCK)
+        return linear_8bit.check(self.precision, out, exact)
 
 
 CASES = [Rounding(kind, precision) for precision in quantized.FORMATS for kind in KINDS]

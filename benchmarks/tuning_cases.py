@@ -125,17 +125,19 @@ class Linear8Bit(Problem):
         return quantized.FORMATS[self.format]
 
     def contestants(self) -> Contestants:
-        def ours(values, scale, weight, weight_scale, bias):
+        def ours(values, scale, weight, weight_scale, bias, given=None):
             operands = quantized.Quantized(values, scale), quantized.QuantizedWeight(weight, weight_scale, bias)
             if self.rounded:
-                return quantized.linear_quantized(*operands, self.activation)
+                return quantized.linear_quantized(*operands, self.activation, given)
             return quantized.linear(*operands, torch.bfloat16, self.activation)
 
-        def exact(values, scale, weight, weight_scale, bias):
+        def exact(values, scale, weight, weight_scale, bias, given=None):
             x, w = values.double() * scale.unsqueeze(-1), weight.double() * weight_scale.unsqueeze(-1)
             out = reference.linear(x, w, bias.double(), activation=self.activation)
             if not self.rounded:
                 return out
+            if given is not None:
+                return reference_quantized.quantize(out, self.dtype, given=given)[0], given
             values, scale = reference_quantized.quantize(out, self.dtype, reference_quantized.BLOCK)
             return values, scale.t()
 
@@ -146,6 +148,8 @@ class Linear8Bit(Problem):
         values, scale = reference_quantized.quantize(x, self.dtype)
         weight, weight_scale = reference_quantized.quantize(w * self.width**-0.5, self.dtype)
         tensors = {"values": values, "scale": scale.squeeze(-1), "weight": weight, "weight_scale": weight_scale.squeeze(-1)}
+        if self.rounded and self.format == "fp8":
+            tensors["given"] = torch.full((1,), 16 / 448, device=device)  # beyond what comes out
         return tensors | {"bias": torch.randn(self.outputs, device=device)}
 
     def work(self) -> tuple[float, float]:

@@ -1,16 +1,17 @@
 """What 8-bit linears cost in accuracy, found out on any device before a model is served in them: ``accuracy(model, inputs)``.
 
-They are simulated: inputs and weights are rounded to e4m3 or int8 exactly as the kernels round them and multiplied in float32
-(``fastvit.reference_quantized``). Each part of each block is rounded alone, which gives its loss, 1 − cosine of the model's
-features with and without. The errors of different parts are nearly independent, so losses add up; those that cost most for what
-they compute stay in the model's own dtype until the rest fits the loss that is allowed, and that choice is measured once more.
-Pictures differ in what they lose: it is the upper end of the mean's confidence interval that has to fit.
+They are simulated: inputs and weights are rounded to e4m3 or int8 exactly as the kernels round them and multiplied in float32,
+or, far slower, with sums like those of Hopper's tensor cores (``fastvit.reference_quantized``). Each part of each block is
+rounded alone, which gives its loss, 1 − cosine of the model's features with and without. The errors of different parts are
+nearly independent, so losses add up; those that cost most for what they compute stay in the model's own dtype until the rest fits
+the loss that is allowed, and that choice is measured once more. Pictures differ in what they lose: it is the upper end of the
+mean's confidence interval that has to fit.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from .verification import eager_where_compiled, evaluated, observed
 INPUTS = "tensors, tuples of arguments or mappings of keywords"
 Part = tuple[str, str]  # (block name, "qkv" or "mlp")
 Paths = dict[Part, tuple[str, ...]]  # the names of its linears
+Norms = dict[str, str]  # a linear after an activation without a gate → the norm before its MLP
 T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # Student's t, 95 %, one side, 1 to 9 degrees of freedom
 
 
@@ -99,6 +101,7 @@ def accuracy(
     precision: str = "fp8",
     min_cosine: float = 0.999,
     features: Callable[[Any], Tensor] | None = None,
+    promote: int | None = None,
 ) -> Accuracy:
     """Simulates 8-bit linears in ``model`` on ``inputs`` and chooses which parts of its blocks stay in its own dtype.
 
@@ -112,13 +115,16 @@ def accuracy(
         min_cosine: the mean cosine of the features with and without that is to be reached on pictures like these.
         features: from the model's output to the features (B, ..., C); default: its first floating-point tensor, of which one of
             four dimensions is an image's (B, C, H, W).
+        promote: None sums in float32. Of FP8 a number sums as Hopper's tensor cores do, and adds what they sum up to in float32
+            after every so many products, 0: never. Takes some fifty times as long.
 
-    Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, an unknown ``precision``, a ``min_cosine``
-    outside of 0 … 1, an output without a tensor, or a model without a block that 8-bit linears can serve.
+    Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, an unknown ``precision``, a ``promote`` that
+    is negative or not FP8's, a ``min_cosine`` outside of 0 … 1, an output without a tensor, or a model without a block that
+    8-bit linears can serve.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
-    dtype = _format(precision)
+    dtype = _format(precision, promote)
     if not 0 < min_cosine < 1:
         raise ValueError(f"min_cosine is {min_cosine}; expected a number between 0 and 1")
     if not isinstance(inputs, Iterable):
@@ -127,7 +133,7 @@ def accuracy(
     if not batches:
         raise ValueError(f"inputs is empty; expected {INPUTS}")
     with _own_forwards(model), evaluated(model), eager_where_compiled(model):
-        paths, skipped = _parts(model)
+        paths, skipped, norms = _parts(model)
         if not paths:
             found = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:1])
             raise ValueError(
@@ -137,7 +143,7 @@ def accuracy(
         sizes = {part: sum(modules[path].weight.numel() for path in names) for part, names in paths.items()}
 
         def run(parts: Iterable[Part], errors: dict[str, float] | None = None) -> list[Tensor]:
-            with _rounded(model, paths, parts, dtype, errors):
+            with _rounded(model, paths, norms, parts, dtype, promote, errors):
                 return _run(model, batches, features)
 
         errors: dict[str, float] = {}
@@ -173,28 +179,30 @@ def accuracy(
 
 
 @contextmanager
-def simulated(model: nn.Module, precision: "str | Accuracy" = "fp8") -> Iterator[nn.Module]:
+def simulated(model: nn.Module, precision: "str | Accuracy" = "fp8", *, promote: int | None = None) -> Iterator[nn.Module]:
     """``with simulated(model): model(x)`` gives what 8-bit linears would, on any device: for measuring by a metric of one's own.
 
     ``precision``: "fp8" or "int8" rounds every part that can be, an ``Accuracy`` those that it chose. Blocks run their own
-    forwards.
+    forwards. ``promote``: as in ``accuracy``.
 
-    Raises ``ValueError`` for another ``precision``, or an ``Accuracy`` that was measured on another model.
+    Raises ``ValueError`` for another ``precision`` or ``promote``, or an ``Accuracy`` that was measured on another model.
     """
     if isinstance(precision, Accuracy):
         precision.check_model(model)
-    dtype = _format(precision.precision if isinstance(precision, Accuracy) else precision)
+    dtype = _format(precision.precision if isinstance(precision, Accuracy) else precision, promote)
     with _own_forwards(model):
-        paths, _ = _parts(model)
+        paths, _, norms = _parts(model)
         chosen = [part for part in paths if isinstance(precision, str) or part[1] in precision.parts.get(part[0], ())]
-        with _rounded(model, paths, chosen, dtype):
+        with _rounded(model, paths, norms, chosen, dtype, promote):
             yield model
 
 
-def _format(precision: str) -> torch.dtype:
+def _format(precision: str, promote: int | None) -> torch.dtype:
     if not isinstance(precision, str) or precision not in reference_quantized.FORMATS:
         names = " or ".join(map(repr, reference_quantized.FORMATS))
         raise ValueError(f"precision is {precision!r}; expected {names}")
+    if promote is not None and (precision != "fp8" or promote < 0):
+        raise ValueError(f"promote is {promote} for {precision!r}; expected None, or for 'fp8' a number of products from 0 on")
     return reference_quantized.FORMATS[precision]
 
 
@@ -221,9 +229,10 @@ def _layouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout | str]]:
             yield name, module, layout
 
 
-def _parts(model: nn.Module) -> tuple[Paths, dict[str, str]]:
-    """(the parts that can be in FP8, block → why it has none)."""
+def _parts(model: nn.Module) -> tuple[Paths, dict[str, str], Norms]:
+    """(the parts that can be in FP8, block → why it has none, norms before MLPs)."""
     paths: Paths = {}
+    norms: Norms = {}
     skipped: dict[str, str] = {}
     for name, module, layout in _layouts(model):
         reason = layout if isinstance(layout, str) else quantized.why_not(module, layout)
@@ -232,7 +241,9 @@ def _parts(model: nn.Module) -> tuple[Paths, dict[str, str]]:
             continue
         for part in quantized.PARTS:
             paths[name, part] = tuple(f"{name}.{path}" if name else path for path in quantized.linears(layout, part))
-    return paths, skipped
+        if layout.gating is None:
+            norms[paths[name, "mlp"][-1]] = f"{name}.{layout.norms.after}" if name else layout.norms.after
+    return paths, skipped, norms
 
 
 def _all_linears(model: nn.Module, paths: Paths) -> Iterator[tuple[str, str]]:
@@ -245,15 +256,28 @@ def _all_linears(model: nn.Module, paths: Paths) -> Iterator[tuple[str, str]]:
 
 @contextmanager
 def _rounded(
-    model: nn.Module, paths: Paths, parts: Iterable[Part], dtype: torch.dtype, errors: dict[str, float] | None = None
+    model: nn.Module,
+    paths: Paths,
+    norms: Norms,
+    parts: Iterable[Part],
+    dtype: torch.dtype,
+    promote: int | None,
+    errors: dict[str, float] | None = None,
 ) -> Iterator[None]:
     """Within it the linears of ``parts`` compute in simulated 8 bits; ``errors`` takes the relative errors of their outputs."""
-    after_activation = {names[-1] for (_, part), names in paths.items() if part == "mlp"}
+    first = {names[-1]: names[0] for (_, part), names in paths.items() if part == "mlp"}
     linears = {path: model.get_submodule(path) for part in parts for path in paths[part]}
 
     def rounded(name: str, module: Any, forward: Callable, args: tuple, kwargs: dict) -> Any:
-        block = reference_quantized.BLOCK if name in after_activation else None
-        out = reference_quantized.linear(args[0], module.weight, module.bias, dtype=dtype, block=block).to(module.weight.dtype)
+        block = given = None
+        if name in norms and dtype == reference_quantized.E4M3:
+            fc1, norm = (cast(Any, model.get_submodule(path)) for path in (first[name], norms[name]))
+            given = reference_quantized.hidden_scale(fc1.weight, fc1.bias, norm.weight, norm.bias)
+        elif name in first:
+            block = reference_quantized.BLOCK
+        out = reference_quantized.linear(
+            args[0], module.weight, module.bias, dtype=dtype, block=block, given=given, promote=promote
+        ).to(module.weight.dtype)
         if errors is not None:
             exact = forward(*args, **kwargs).float()
             error = ((out - exact).norm() / exact.norm().clamp(min=1e-30)).item()

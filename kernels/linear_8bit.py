@@ -1,16 +1,17 @@
 """Matrix product of 8-bit operands, e4m3 or int8; undone scales, bias, activation and residual in its epilogue.
 
     y   = activation(Σ_blocks (A_block · B_blockᵀ) · a_scale_block · b_scale + bias)
-    out = y, or residual + y, or y rounded to the operands' dtype with a scale for every 128 columns of a row
+    out = y, or residual + y, or y rounded to the operands' dtype with a scale for every 128 columns of a row or a given one
 
-Shapes: A [M, K] and B [N, K] of one dtype, last stride 1; a_scale [M] a row, or [ceil(K / 128), M] a block of 128 columns of a
-row; b_scale [N]; bias [N]; residual and out [M, N], last stride 1; out_scale [ceil(N / 128), M], of which A's is one layer
-further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
+Shapes: A [M, K] and B [N, K] of one dtype, last stride 1; a_scale [M] a row, [1] for all, or [ceil(K / 128), M] a block of 128
+columns of a row; b_scale [N]; bias [N]; residual and out [M, N], last stride 1; out_scale [ceil(N / 128), M], written, or [1],
+given: what it was for A one layer further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
 
-Tensor cores sum e4m3 products in fewer bits than float32 has (about 14 on sm_90, 13 on sm_89; Zhao et al. 2025, Zhang et al.
-2024), so PROMOTE adds every BLOCK_K products to a float32 sum outside of them. Block scales need that addition anyway.
+Tensor cores sum e4m3 products with 13 bits of fraction on sm_90 and sm_89, on sm_100 and sm_120 with float32's (Xie et al.
+2025). PROMOTE adds every BLOCK_K products to a float32 sum outside of them; a block's scale needs that addition anyway. What it
+saves is 1 to 5 % of what rounding to e4m3 costs (docs/fp8.md), so no committed row asks for it.
 int8 products are summed in int32, exactly up to K = 133 144, and never promoted.
-An epilogue sees 128 columns of a row, not the row: hence scales a block, known in the pass that makes the values.
+An epilogue sees 128 columns of a row, not the row: hence scales a block, or one known beforehand, which e4m3 bears.
 Reference: ``fastvit.reference_quantized.linear``.
 """
 
@@ -38,10 +39,12 @@ def _finish(
     residual_ptr,
     out_ptr,
     out_scale_ptr,
+    out_factor,
     M,
     N,
     stride_residual_m,
     ACTIVATION: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
     """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear_8bit``'s. Each halving
@@ -50,21 +53,23 @@ def _finish(
     if HALVINGS > 0:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, columns // 2)), (0, 2, 1)))
         # fmt: off
-        _finish(left, m, first_n, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
-                stride_residual_m, ACTIVATION, HALVINGS - 1)
-        _finish(right, m, first_n + columns // 2, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
-                stride_residual_m, ACTIVATION, HALVINGS - 1)
+        _finish(left, m, first_n, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, out_factor,
+                M, N, stride_residual_m, ACTIVATION, OUT_SCALE, HALVINGS - 1)
+        _finish(right, m, first_n + columns // 2, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, out_factor,
+                M, N, stride_residual_m, ACTIVATION, OUT_SCALE, HALVINGS - 1)
         # fmt: on
     else:
         n = first_n + tl.arange(0, columns)
         inside = (m < M)[:, None] & (n < N)[None, :]
-        acc *= tl.load(b_scale_ptr + tl.minimum(n, N - 1))[None, :]
+        acc *= tl.load(b_scale_ptr + n, mask=n < N, other=0.0)[None, :]
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
         acc = activate(acc, ACTIVATION, False)
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
-        if out_scale_ptr is not None:
+        if OUT_SCALE == "given":
+            acc *= out_factor
+        if OUT_SCALE == "block":
             tl.static_assert(columns == 128, "a tile is as wide as what shares a scale")
             values, out_scale = to_8_bits(tl.where((n < N)[None, :], acc, 0.0), 1, out_ptr.dtype.element_ty)
             tl.store(out_scale_ptr + tile_n.to(tl.int64) * M + m, out_scale, mask=m < M)
@@ -77,12 +82,12 @@ def _finish(
 def _linear_8bit(
     a_ptr,  # [M, K] e4m3 or int8
     b_ptr,  # [N, K], as A
-    a_scale_ptr,  # [M], or [blocks of K, M]
+    a_scale_ptr,  # [M], [1], or [blocks of K, M]
     b_scale_ptr,  # [N]
     bias_ptr,  # [N] or None
     residual_ptr,  # [M, N] or None
     out_ptr,  # [M, N]
-    out_scale_ptr,  # [blocks of N, M] or None: out is as A
+    out_scale_ptr,  # [blocks of N, M], [1] or None: with one, out is as A
     M,
     N,
     K,
@@ -90,7 +95,8 @@ def _linear_8bit(
     stride_b_n,
     stride_residual_m,
     ACTIVATION: tl.constexpr,
-    BLOCK_SCALES: tl.constexpr,
+    SCALES: tl.constexpr,
+    OUT_SCALE: tl.constexpr,
     PROMOTE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -117,7 +123,7 @@ def _linear_8bit(
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None]
     INTEGERS: tl.constexpr = a_ptr.dtype.element_ty == tl.int8
     ZERO: tl.constexpr = 0 if INTEGERS else 0.0
-    SUM: tl.constexpr = tl.int32 if INTEGERS and not BLOCK_SCALES else tl.float32
+    SUM: tl.constexpr = tl.int32 if INTEGERS and SCALES != "block" else tl.float32
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=SUM)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
@@ -125,7 +131,7 @@ def _linear_8bit(
         else:
             a = tl.load(a_ptrs, mask=(k < K - start)[None, :], other=ZERO)
             b = tl.load(b_ptrs, mask=(k < K - start)[:, None], other=ZERO)
-        if BLOCK_SCALES:
+        if SCALES == "block":
             scale = tl.load(a_scale_ptr + tl.full([], start // 128, tl.int64) * M + a_row)
             if INTEGERS:
                 # Sums of a block are below 2²². Begun at the bits of 1.5 · 2²³, they are a float32's bits: nothing is converted.
@@ -141,11 +147,14 @@ def _linear_8bit(
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
 
-    if not BLOCK_SCALES:
+    if SCALES == "row":
         acc = acc.to(tl.float32) * tl.load(a_scale_ptr + a_row)[:, None]
+    elif SCALES == "all":
+        acc = acc.to(tl.float32) * tl.load(a_scale_ptr)
+    out_factor = tl.div_rn(1.0, tl.load(out_scale_ptr)) if OUT_SCALE == "given" else 1.0
     # fmt: off
-    _finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr, M, N,
-            stride_residual_m, ACTIVATION, HALVINGS)
+    _finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, tile_n, b_scale_ptr, bias_ptr, residual_ptr, out_ptr, out_scale_ptr,
+            out_factor, M, N, stride_residual_m, ACTIVATION, OUT_SCALE, HALVINGS)
     # fmt: on
 
 
@@ -161,13 +170,15 @@ def launch_linear_8bit(
     residual: torch.Tensor | None = None,
     out_scale: torch.Tensor | None = None,
 ) -> None:
-    """Fills out [M, N] (and out_scale) from a [M, K] and b [N, K]. a_scale [M] or [blocks, M] decides what A was scaled by.
+    """Fills out [M, N] (and out_scale [blocks, M]) from a [M, K] and b [N, K]. What one number scales, all, a row or a block
+    of it, is what a_scale's and out_scale's shapes say.
 
     a, b and residual have last stride 1, the others are contiguous. K ≥ 1.
     """
     (m, k), n = a.shape, b.shape[0]
     op = OPS[a.dtype] if out_scale is None else f"{OPS[a.dtype]}_quantized"
-    row = config(op, target_of(a), rows=m, blocks=int(a_scale.dim() == 2))
+    blocks, out_blocks = a_scale.dim() == 2, out_scale is not None and out_scale.dim() == 2
+    row = config(op, target_of(a), rows=m, blocks=int(blocks))
     launch(
         op,
         _linear_8bit,
@@ -189,8 +200,9 @@ def launch_linear_8bit(
         stride_b_n=b.stride(0),
         stride_residual_m=0 if residual is None else residual.stride(0),
         ACTIVATION=activation or "none",
-        BLOCK_SCALES=a_scale.dim() == 2,
+        SCALES="block" if blocks else "all" if a_scale.numel() == 1 else "row",
+        OUT_SCALE="none" if out_scale is None else "block" if out_blocks else "given",
         PROMOTE=row.get("PROMOTE", 0),
-        HALVINGS=row.get("HALVINGS", 0),
+        HALVINGS=0 if out_blocks else row.get("HALVINGS", 0),
         EVEN_K=k % row["BLOCK_K"] == 0,
     )

@@ -142,7 +142,7 @@ SAMPLES = {
         "gelu": lambda: (*_linear_8bit(quantized.E4M3), "gelu", None, torch.float32),
         "residual, bfloat16": lambda: (*_linear_8bit(), None, _t(2, 5, 8, dtype=torch.bfloat16), torch.bfloat16),
     },
-    "linear_8bit_quantized": {"gelu": lambda: (*_linear_8bit(), "gelu")},
+    "linear_8bit_quantized": {"gelu": lambda: (*_linear_8bit(), "gelu", None)},
     "layer_norm_forward": {
         "token": lambda: (_t(2, 5, 8), _t(8), _t(8), 1e-6, "token"),
         "image, bare": lambda: (_t(2, 5, 8), None, None, 1e-6, "image"),

@@ -1,9 +1,11 @@
 """The 8-bit operators: rounding bit for bit, products against float64, extremes, and what is refused."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from fastvit.kernels import _launch, _tuning
 
 from fastvit import reference, reference_quantized
 from fastvit.ops import quantized
@@ -198,6 +200,87 @@ def test_rounding_in_the_epilogue(device, shape, outputs, form):
     assert (error <= allowed + 5e-5).all(), "further than half a step and the fitted GELU's own error from exact"
 
 
+@pytest.mark.parametrize(("shape", "outputs"), [((1, 16), 8), ((65, 136), 300)], ids=str)
+def test_a_scale_for_all(device, shape, outputs):
+    """Given to the epilogue, then undone by the next product: what comes out, and what becomes of it."""
+    x, weight, exact = _operands(shape, outputs, device, E4M3)
+    exact, given = torch.nn.functional.gelu(exact), torch.full((1,), 0.37, device=device)
+    hidden = quantized.linear_quantized(x, weight, "gelu", given)
+    assert hidden.scale is given
+    error = (hidden.values.double() * given - exact).abs()
+    assert (error <= 1.001 * _half_step(exact, given, E4M3) + 5e-5).all(), "further than half a step from exact"
+    fc2 = quantized.quantize_weight(torch.randn(24, outputs, device=device), E4M3)
+    out = quantized.linear(hidden, fc2, torch.float32)
+    expected = (hidden.values.double() * given) @ (fc2.values.double() * fc2.scale[:, None]).t()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4 * outputs**0.5)
+    values, scale = reference_quantized.quantize(exact.float(), E4M3, given=given)
+    assert scale.shape == (*shape[:-1], 1)
+    torch.testing.assert_close(values.float() * scale, exact.float(), rtol=2.0**-4, atol=0.37 * 2.0**-10)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_no_hidden_value_is_beyond_its_scale(affine):
+    """Inputs that bring each hidden value as far up, and down, as a LayerNorm lets it come."""
+    weight, bias = torch.randn(24, 40, dtype=torch.float64), torch.randn(24)
+    norm = (torch.randn(40), torch.randn(40)) if affine else (None, None)
+    gained = weight if norm[0] is None else weight * norm[0]
+    worst = torch.cat([gained, -gained])
+    hidden = torch.nn.functional.layer_norm(worst, (40,), *(t if t is None else t.double() for t in norm), eps=0.0)
+    scale = reference_quantized.hidden_scale(weight, bias, *norm)
+    assert scale.shape == (1,)
+    rounded = reference_quantized.linear(hidden.float(), weight.float(), bias, dtype=E4M3)
+    for largest in (rounded.abs().max() / scale, (hidden @ weight.t() + bias).abs().max() / scale):
+        assert 250 < largest <= 448, "beyond the largest value, or far below"
+
+
+def _one_step(products, total):
+    """Of Hopper's tensor cores, in Python's own numbers: each term cut off 13 bits below the largest's exponent."""
+    exponent = max(math.frexp(a)[1] + math.frexp(b)[1] - 2 for a, b in [*products, (total, 1.0)] if a and b)
+    unit = 2.0 ** (exponent - 13)
+    found = sum(math.trunc(a * b / unit) for a, b in [*products, (total, 1.0)]) * unit
+    keep = 2.0 ** (math.frexp(found)[1] - 1 - 13)
+    return math.trunc(found / keep) * keep
+
+
+@pytest.mark.parametrize("width", [8, 32, 80])
+def test_sums_of_hopper(width):
+    """By an explicit loop, bit for bit; and they err by some 2⁻¹³."""
+    spread = torch.logspace(-1, 1, width)
+    a, b = ((torch.randn(rows, width) * spread).to(E4M3) for rows in (5, 3))
+    found = reference_quantized.hopper_product(a, b)
+    for i, j in [(0, 0), (4, 2), (2, 1)]:
+        total, pairs = 0.0, list(zip(a[i].tolist(), b[j].tolist(), strict=True))
+        for start in range(0, width, 32):
+            total = _one_step(pairs[start : start + 32], total)
+        assert found[i, j].item() == total
+    error = (found.double() - a.double() @ b.double().t()).norm() / (a.double() @ b.double().t()).norm()
+    assert 1e-6 < error < 2e-3
+    assert not reference_quantized.hopper_product(torch.zeros(2, width).to(E4M3), b).any()
+    a[1, 3] = math.nan
+    assert torch.equal(reference_quantized.hopper_product(a, b).isnan().any(1), torch.tensor([False, True, False, False, False]))
+
+
+@pytest.mark.parametrize("block", [None, 128])
+def test_sums_of_hopper_in_a_linear(block):
+    """The more often they are promoted, the nearer they come to float32's."""
+    x, weight, bias = torch.randn(7, 512), torch.randn(16, 512), torch.randn(16)
+
+    def linear(promote):
+        return reference_quantized.linear(x, weight, bias, dtype=E4M3, activation="gelu", block=block, promote=promote)
+
+    errors = [(linear(promote) - linear(None)).norm().item() for promote in (32, 128, 0)]
+    assert 0 < errors[0] <= errors[1] <= errors[2] < 2e-3 * linear(None).norm()
+    assert (errors[0] < errors[1] < errors[2]) == (block is None), "a block is a sum of its own"
+
+
+def test_promotion_changes_the_order_of_a_sum_alone(device):
+    x, weight, _ = _operands((3, 200), 24, device, E4M3)
+    row = _tuning.config("linear_fp8", _launch.target_of(x.values), rows=3, blocks=0)
+    plain = quantized.linear(x, weight, torch.float32)
+    with _tuning.override("linear_fp8", row | {"PROMOTE": 1}):
+        torch.testing.assert_close(quantized.linear(x, weight, torch.float32), plain, rtol=2e-3, atol=2e-3)
+
+
 def test_a_hidden_layer_from_one_product_into_the_next(device, form):
     x, residual = (torch.randn(2, 5, size).bfloat16().to(device) for size in (40, 24))
     fc1, fc2, bias1, bias2 = (torch.randn(*size).to(device) / 8 for size in ((160, 40), (24, 160), (160,), (24,)))
@@ -268,7 +351,9 @@ def test_opcheck(device, form):
     torch.library.opcheck(ops.quantize_glu, (x, x, "silu", form), test_utils=tests)
     arguments = values, scale, *rounded
     torch.library.opcheck(ops.linear_8bit, (*arguments, "relu", x[..., :24], torch.float32), test_utils=tests)
-    torch.library.opcheck(ops.linear_8bit_quantized, (*arguments, "gelu"), test_utils=tests)
+    torch.library.opcheck(ops.linear_8bit_quantized, (*arguments, "gelu", None), test_utils=tests)
+    if form == E4M3:
+        torch.library.opcheck(ops.linear_8bit_quantized, (*arguments, "gelu", torch.ones(1, device=device)), test_utils=tests)
 
 
 def test_a_gradient_is_refused(device, form):

@@ -139,6 +139,8 @@ def test_changed_weights_are_rounded_again(device):
     assert torch.equal(model(x), before)
     model.blocks[0].ls2.gamma.mul_(2)
     assert not torch.allclose(model(x), before)
+    model.blocks[0].norm2.weight.mul_(1000)  # what the hidden layer's scale is made of
+    assert model(x).isfinite().all()
 
 
 @pytest.mark.slow
@@ -148,7 +150,7 @@ def test_copies_and_pickles_make_their_own(device):
     expected = model(x)
     keys = list(model.state_dict())
     weights = model.blocks[0].__dict__[swap.ATTRIBUTE].weights
-    assert set(weights.made) == {"attn.qkv", "mlp.fc1", "mlp.fc2"}
+    assert set(weights.made) == {"attn.qkv", "mlp.fc1", "mlp.fc1: hidden", "mlp.fc2"}
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert not twin.blocks[0].__dict__[swap.ATTRIBUTE].weights.made
         assert torch.equal(twin(x), expected)
@@ -294,6 +296,23 @@ def test_bad_input():
         quantization.accuracy(model, image(), precision="int4")
     with pytest.raises(ValueError, match=r"precision is 'bf16'; expected 'fp8' or 'int8'"), quantization.simulated(model, "bf16"):
         pass
+
+
+@torch.no_grad()
+def test_sums_of_tensor_cores_can_be_simulated():
+    """They change the result, by far less than rounding does."""
+    model, x = timm_vit(depth=1), image(batch=1)
+    exact = model(x)
+    with quantization.simulated(model):
+        expected = model(x)
+    with quantization.simulated(model, promote=0):
+        out = model(x)
+    assert 0 < (out - expected).norm() < 0.3 * (expected - exact).norm()
+    found = quantization.accuracy(model, x, min_cosine=0.5, promote=0)
+    assert found.feature_cosine == pytest.approx(F.cosine_similarity(out, exact).double().mean().item(), abs=1e-5)
+    for precision, promote in (("int8", 0), ("fp8", -1)):
+        with pytest.raises(ValueError, match=f"promote is {promote} for '{precision}'; expected None, or for 'fp8' a number"):
+            quantization.accuracy(model, x, precision=precision, promote=promote)
 
 
 def test_features_of_ones_own():

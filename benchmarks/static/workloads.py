@@ -104,8 +104,12 @@ def _8bit(rows: int, channels: int, dtype: torch.dtype) -> None:
     values, scale, _ = quantized_op.quantize_forward(x, None, None, True, parameter, parameter, 1e-6, dtype)
     quantized_op.linear_8bit(values, scale, *qkv, None, None, HALF)
     values, scale, total = quantized_op.quantize_forward(x, x, parameter, True, parameter, parameter, 1e-6, dtype)
-    hidden, scale = quantized_op.linear_8bit_quantized(values, scale, *fc1, "gelu")
-    quantized_op.linear_8bit(hidden, scale, *fc2, None, total, HALF)
+    given = _meta(1, dtype=SINGLE) if dtype == quantized_op.E4M3 else None
+    hidden, blocks = quantized_op.linear_8bit_quantized(values, scale, *fc1, "gelu", given)
+    quantized_op.linear_8bit(hidden, blocks if given is None else given, *fc2, None, total, HALF)
+    if given is not None:  # a gated MLP's hidden layer
+        blocks = _meta(-(-hidden.shape[-1] // 128), rows, dtype=SINGLE)
+        quantized_op.linear_8bit(hidden, blocks, *fc2, None, total, HALF)
 
 
 def _quantize_glu(rows: int, channels: int, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ module's own, which stay as they are.
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional
 from ..ops import quantized
+from ..reference_quantized import hidden_scale
 from . import block as plain
 from . import handoff, layouts
 from .call import Call
@@ -83,7 +85,7 @@ class Weights:
 
     precision: str
     parts: frozenset[str]
-    made: dict[str, tuple[list[Source], quantized.QuantizedWeight]] = field(default_factory=dict)
+    made: dict[str, tuple[list[Source], Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"precision": self.precision, "parts": self.parts, "made": {}}
@@ -93,16 +95,26 @@ class Weights:
         return quantized.FORMATS[self.precision]
 
     def of(self, path: str, linear: Any, layer_scale: Tensor | None = None) -> quantized.QuantizedWeight:
-        found = self.made.get(path)
-        if found is not None and torch.compiler.is_compiling():
-            return found[1]
-        sources = [t for t in (linear.weight, linear.bias, layer_scale) if t is not None]
+        def make(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> quantized.QuantizedWeight:
+            return quantized.quantize_weight(weight, self.dtype, bias, scale)
+
+        return self._made(path, make, linear.weight, linear.bias, layer_scale)
+
+    def hidden_scale(self, path: str, linear: Any, norm: Any) -> Tensor | None:
+        """What a hidden layer made by ``linear`` of ``norm``'s result is scaled by, as far as that is known beforehand."""
+        if self.dtype != quantized.E4M3:
+            return None
+        return self._made(f"{path}: hidden", hidden_scale, linear.weight, linear.bias, norm.weight, norm.bias)
+
+    def _made(self, name: str, make: Callable[..., Any], *tensors: Tensor | None) -> Any:
+        found = self.made.get(name)
         if torch.compiler.is_compiling():
-            return quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
+            return make(*tensors) if found is None else found[1]
+        sources = [t for t in tensors if t is not None]
         if found is None or len(found[0]) != len(sources) or not all(map(Source.is_still, found[0], sources)):
-            with torch.inference_mode(False):
-                weight = quantized.quantize_weight(linear.weight, self.dtype, linear.bias, layer_scale)
-            found = self.made[path] = [Source(tensor) for tensor in sources], weight
+            with torch.inference_mode(False), torch.no_grad():
+                made = make(*tensors)
+            found = self.made[name] = [Source(tensor) for tensor in sources], made
         return found[1]
 
 
@@ -167,7 +179,8 @@ def _hidden(parts: Parts, layout: Layout, weights: Weights, x: quantized.Quantiz
     fc1, *gates, _ = linears(layout, "mlp")
     weight = weights.of(fc1, parts.child(fc1))
     if layout.gating is None:
-        return quantized.linear_quantized(x, weight, layout.activation)
+        given = weights.hidden_scale(fc1, parts.child(fc1), parts.child(layout.norms.after))
+        return quantized.linear_quantized(x, weight, layout.activation, given)
     value = quantized.linear(x, weight, dtype)
     if gates:
         gate = quantized.linear(x, weights.of(gates[0], parts.child(gates[0])), dtype)

@@ -111,6 +111,20 @@ def linear_by(way: str, input: Tensor, weight: Tensor, bias: Tensor | None, acti
     return torch_backend.linear(input, weight, bias, activation)
 
 
+def linear_8bit(input: Tensor, outputs: int, adds: bool) -> str:
+    """``"kernel"`` or ``"vendor"`` for e4m3 input (..., K) with a scale a row, to ``outputs`` columns of bfloat16; ``adds``: to a
+    residual. What PyTorch's product does not compute is not asked."""
+    if get_backend() != "auto":
+        return "kernel"
+    width = input.shape[-1]
+    rows = input.numel() // max(width, 1)
+    signature = ("linear_8bit", input.get_device(), rows, outputs, width, adds)
+    if not torch.compiler.is_compiling() and _is_decided(signature):
+        return _decided[signature]
+    call: Call = {"adds": "residual" if adds else "nothing", "rows": rows, "width": width, "outputs": outputs}
+    return _way("linear_8bit", input, call, signature)
+
+
 def image_attention(qkv: Tensor, window: int) -> None:
     """Only noted: no vendor's operator computes this."""
     if collecting() and get_backend() == "auto":

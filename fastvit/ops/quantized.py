@@ -1,9 +1,9 @@
 """8-bit linears on the Triton kernels, for inference: raw operators, shape functions, and what may be given to them.
 
 A format is a dtype: ``float8_e4m3fn`` ("fp8") or ``int8``. Activations come as ``Quantized``: values (..., C) and scales float32,
-[rows] for a scale a token or [ceil(C / 128), rows] for one every 128 columns of it. Weights come as ``QuantizedWeight``, made
-once, in the activations' dtype. There is no backward: a gradient that is wanted gets one clear error. ``why_not`` says what
-stands against a device.
+[rows] for a scale a token, [ceil(C / 128), rows] for one every 128 columns of it, or [1] for all. Weights come as
+``QuantizedWeight``, made once, in the activations' dtype. There is no backward: a gradient that is wanted gets one clear error.
+``why_not`` says what stands against a device.
 """
 
 import math
@@ -105,7 +105,7 @@ def quantize_glu(gate: Tensor, value: Tensor, activation: str, dtype: torch.dtyp
 
 
 def _linear(values, scale, weight, weight_scale, bias, activation, residual, out: Tensor, out_scale: Tensor | None) -> None:
-    rows = scale.shape[-1]
+    rows = math.prod(values.shape[:-1])
     kernels.linear_8bit.launch_linear_8bit(
         values.reshape(rows, values.shape[-1]),
         scale,
@@ -125,9 +125,10 @@ def linear_8bit(values, scale, weight, weight_scale, bias, activation: str | Non
     return out
 
 
-def linear_8bit_quantized(values, scale, weight, weight_scale, bias, activation: str | None):
-    out, out_scale = _fake_linear_quantized(values, scale, weight, weight_scale, bias, activation)
-    _linear(values, scale, weight, weight_scale, bias, activation, None, out, out_scale)
+def linear_8bit_quantized(values, scale, weight, weight_scale, bias, activation: str | None, given: Tensor | None = None):
+    """Returns (out, its scales); with ``given``, the scale of all, the latter are empty."""
+    out, out_scale = _fake_linear_quantized(values, scale, weight, weight_scale, bias, activation, given)
+    _linear(values, scale, weight, weight_scale, bias, activation, None, out, out_scale if given is None else given)
     return out, out_scale
 
 
@@ -146,8 +147,8 @@ def _fake_linear(values, scale, weight, weight_scale, bias, activation, residual
     return values.new_empty((*values.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-def _fake_linear_quantized(values, scale, weight, weight_scale, bias, activation):
-    blocks = -(-weight.shape[0] // reference_quantized.BLOCK)
+def _fake_linear_quantized(values, scale, weight, weight_scale, bias, activation, given):
+    blocks = 0 if given is not None else -(-weight.shape[0] // reference_quantized.BLOCK)
     out_scale = values.new_empty((blocks, math.prod(values.shape[:-1])), dtype=torch.float32)
     return values.new_empty((*values.shape[:-1], weight.shape[0])), out_scale
 
@@ -170,8 +171,8 @@ _call_linear = define(
     _fake_linear,
 )
 _call_linear_quantized = define(
-    "linear_8bit_quantized(Tensor values, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation)"
-    " -> (Tensor, Tensor)",
+    "linear_8bit_quantized(Tensor values, Tensor scale, Tensor weight, Tensor weight_scale, Tensor? bias, str? activation,"
+    " Tensor? given) -> (Tensor, Tensor)",
     linear_8bit_quantized,
     _fake_linear_quantized,
 )
@@ -233,6 +234,10 @@ def linear(
     return _call_linear(*input, *weight, activation, residual, dtype)
 
 
-def linear_quantized(input: Quantized, weight: QuantizedWeight, activation: str | None = None) -> Quantized:
-    """activation(input · Wᵀ + bias), (..., K) → (..., N), in the input's format with a scale for every 128 columns of a token."""
-    return Quantized(*_call_linear_quantized(*input, *weight, activation))
+def linear_quantized(
+    input: Quantized, weight: QuantizedWeight, activation: str | None = None, given: Tensor | None = None
+) -> Quantized:
+    """activation(input · Wᵀ + bias), (..., K) → (..., N), in the input's format with a scale for every 128 columns of a token,
+    or, in e4m3, the ``given`` one (1,) for all, as ``reference_quantized.hidden_scale`` makes it."""
+    values, scale = _call_linear_quantized(*input, *weight, activation, given)
+    return Quantized(values, scale if given is None else given)
