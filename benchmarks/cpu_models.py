@@ -82,7 +82,7 @@ def sam_base_transformers(mode: str) -> nn.Module:
 class Case:
     """``build(mode)`` the model; ``gflop`` of the whole input; ``seconds`` to time for, roughly; ``others``: the peers.
 
-    The first of ``others`` is the mode that is accelerated.
+    The first of ``others`` is the mode that is accelerated. ``compiled``: torch.compile of the accelerated model runs too.
     """
 
     title: str
@@ -91,17 +91,19 @@ class Case:
     gflop: float
     seconds: float
     others: tuple[str, ...]
+    compiled: bool = False
 
 
 MODES = ("sdpa", "eager")  # of the original
 EXPORTED = ("onnxruntime", "openvino")
 ALL_OTHERS = (*MODES, "compile", *EXPORTED)
+COMPILED = "accelerated_compile"
 VIT_B = floors.vit_flops(224, **floors.VIT["ViT-B/16"]) / 1e9
 SAM_B = floors.sam_encoder_flops(**floors.SAM["SAM-B"]) / 1e9
 DINOV2_S = floors.vit_flops(518, 14, 384, 12, 1536) / 1e9
 CASES = {
     "vit-b-224-timm": Case("timm ViT-B/16, 224 px, batch 8", vit_base_timm, [8, 3, 224, 224], 8 * VIT_B, 18, ALL_OTHERS),
-    "vit-b-224-timm-1": Case("timm ViT-B/16, 224 px, batch 1", vit_base_timm, [1, 3, 224, 224], VIT_B, 6, ALL_OTHERS),
+    "vit-b-224-timm-1": Case("timm ViT-B/16, 224 px, batch 1", vit_base_timm, [1, 3, 224, 224], VIT_B, 6, ALL_OTHERS, True),
     "dinov2-s-518": Case("Hugging Face DINOv2-S, 518 px, batch 1", dinov2_small_518, [1, 3, 518, 518], DINOV2_S, 10, ALL_OTHERS),
     "vit-b-224-hf": Case("Hugging Face ViT-B/16, 224 px, batch 8", vit_base_transformers, [8, 3, 224, 224], 8 * VIT_B, 6, MODES),
     "sam-b-1024-meta": Case(
@@ -135,7 +137,7 @@ def _call(kind: str, model: nn.Module, x: Tensor, file: Path) -> Callable[[], Te
     """One call of the model by one of the contestants."""
     if kind in EXPORTED:
         return exports.onnxruntime(file, x) if kind == "onnxruntime" else exports.openvino(file, x)
-    run = torch.compile(model) if kind == "compile" else model
+    run = torch.compile(model, fullgraph=kind == COMPILED) if kind in ("compile", COMPILED) else model
     return contest.inference(lambda pixels: first(run(pixels)), x)
 
 
@@ -180,6 +182,10 @@ def run(name: str, row: results.Row, settings: Settings) -> None:
                 reason = results.describe(error)
             if reason is not None:
                 row["unavailable"][kind] = reason
+        if case.compiled and settings.why_not_compiled() is None:
+            start = time.perf_counter()
+            admit(COMPILED, fastvit.accelerate(contest.twin(model)))
+            row["took_s"][COMPILED] = round(time.perf_counter() - start, 1)
         timings = measure.interleaved(calls, settings.budget_s(case.seconds), least=1 if settings.quick else LEAST_ROUNDS)
         _fill(row, timings)
         start = time.perf_counter()
@@ -199,7 +205,9 @@ def _why_not(kind: str, settings: Settings) -> str | None:
 
 
 def _fill(row: results.Row, timings: dict[str, measure.Timing]) -> None:
-    mine = timings.pop("accelerated")
+    mine, compiled = timings.pop("accelerated"), timings.pop(COMPILED, None)
+    if compiled is not None:
+        row["ours_variants"] = {"accelerated": mine.ms, COMPILED: compiled.ms}
     row["peers"] = {kind: timing.ms for kind, timing in timings.items()}
     row["peers_spread"] = {kind: timing.spread for kind, timing in timings.items()}
     row["peers_cpu_ms"] = {kind: timing.cpu_ms for kind, timing in timings.items()}

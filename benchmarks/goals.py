@@ -57,6 +57,16 @@ def against_case(op: str, case: str) -> Value:
     return value
 
 
+def variant_over(mine: str, other: str) -> Value:
+    """The time of another contestant, a peer or a variant of ours, over that of one variant of ours."""
+
+    def value(row: Row, rows: list[Row]) -> float | None:
+        times = row["peers"] | row.get("ours_variants", {})
+        return times[other] / times[mine] if mine in times and other in times else None
+
+    return value
+
+
 def field(name: str, scale: float = 1.0) -> Value:
     def value(row: Row, rows: list[Row]) -> float | None:
         return None if row.get(name) is None else row[name] * scale
@@ -166,6 +176,14 @@ GOALS = [
     Goal("FP8 over our bf16", "*", "forward", ("*, fp8",), field("vs_bf16"), 1.4),
     Goal("FP8, cosine of the features", "*", "forward", ("*, fp8",), field("cosine"), 0.999),
     Goal("training step, over torch.compile", "training", "step", ("*",), over(*COMPILED), 1.1),
+    *(
+        Goal(f"{what}, compiled, over {name}", op, direction, cases, variant_over("accelerated_compile", other), least)
+        for what, op, direction, cases in (
+            ("ViT-B/16", "model", "forward", ("ViT-B/16 224, batch 256", "ViT-B/16 224, batch 1")),
+            ("training step", "training", "step", ("*",)),
+        )
+        for name, other, least in (("the original compiled", "compile", 1.0), ("not compiled", "accelerated", 0.98))
+    ),
 ]
 INFORMATION = [
     Goal("INT8 over our bf16", "*", "forward", ("*, int8",), field("vs_bf16")),

@@ -37,25 +37,24 @@ class Pick:
 FUSED = ("eager", "sdpa*")
 WITH_POSITIONS = ("sdpa*", "bias_folded*", "flex")
 OURS = ("accelerated", "accelerated_compile", "fastvit", "fastvit_compile")
+OF_ONE_IMAGE = (
+    "eager",
+    "sdpa",
+    "compile_graph",
+    "compile_max_autotune",
+    "accelerated",
+    "accelerated_graph",
+    "accelerated_cuda_graphs",
+)
 FIRST = (
     Pick("attention", (*goals.LENGTHS_64, *goals.LENGTHS_80, "SAM-B global, no bias"), only=FUSED),
     Pick("layer_norm", (*goals.MANY_ROWS, *goals.MANY_ROWS_ADDED), "*", ("eager", "compile")),
     Pick("image_attention", ("*",), only=("sdpa_dense_bias", "bias_folded", "bias_folded_flash", "segment_anything")),
     Pick("linear", ("*fc1", "*fc2", "* qkv"), only=("eager", "compile")),
-    Pick("models", ("ViT-* 224, batch 256",), only=("sdpa", "compile_max_autotune", *OURS)),
-    Pick(
-        "models",
-        ("ViT-* 224, batch 1",),
-        only=(
-            "eager",
-            "sdpa",
-            "compile_graph",
-            "compile_max_autotune",
-            "accelerated",
-            "accelerated_graph",
-            "accelerated_cuda_graphs",
-        ),
-    ),
+    Pick("models", ("ViT-B/16 224, batch 256",), only=("sdpa", *goals.COMPILED, *OURS)),
+    Pick("models", ("ViT-[LH]/?? 224, batch 256",), only=("sdpa", "compile_max_autotune", *OURS)),
+    Pick("models", ("ViT-B/16 224, batch 1",), only=(*OF_ONE_IMAGE, "compile", "accelerated_compile")),
+    Pick("models", ("ViT-[LH]/?? 224, batch 1",), only=OF_ONE_IMAGE),
     Pick("sam", ("SAM-? encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
     Pick("models", ("ViT-L/16 224, batch 64, fp8",), only=("torchao_float8_compile", "accelerated*")),
     Pick("models", ("ViT-L/16 224, batch 64, int8",), only=("accelerated*",)),

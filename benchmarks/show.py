@@ -114,7 +114,8 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row["peers"])) if everyone else []
     mfu, joules = (any(row.get(key) for row in rows) for key in ("mfu", "joules_an_image"))
-    head = ["model", *(names or ["fastest peer"]), "fastvit (p95)", "images/s", "times as fast"]
+    compiled = everyone and any("accelerated_compile" in row.get("ours_variants", {}) for row in rows)
+    head = ["model", *(names or ["fastest peer"]), "fastvit (p95)", *["fastvit compiled"] * compiled, "images/s", "times as fast"]
     head += ["MFU"] * mfu + ["peak memory"] + ["J an image"] * joules
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
@@ -128,8 +129,9 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
             )
             continue
         found, late = results.ratio(row), row.get("p95_ms")
-        cells = [row["case"], *peers, duration(row["ours_ms"]) + (f" ({duration(late)})" if late else ""), rate(images_s(row))]
-        cells += [f"{found:.2f}{quartiles(row)}" if found else "–"]
+        cells = [row["case"], *peers, duration(row["ours_ms"]) + (f" ({duration(late)})" if late else "")]
+        cells += [duration(row.get("ours_variants", {}).get("accelerated_compile"))] * compiled
+        cells += [rate(images_s(row)), f"{found:.2f}{quartiles(row)}" if found else "–"]
         cells += [f"{row['mfu']:.0%}" if row.get("mfu") else "–"] * mfu
         cells += [f"{memory(row['peers_peak_mb'].get(best))} → {memory(row['peak_mb'])}"]
         if joules:

@@ -24,10 +24,10 @@ def _on_the_torch_backend():
 def onednn_calls(monkeypatch):
     """Counts the linears that oneDNN serves, on any CPU."""
     calls = []
-    real = torch_backend._onednn_linear
+    real = torch_backend.onednn_linear
     monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
     monkeypatch.setattr(torch_backend, "ONEDNN_MIN_PRODUCTS", 0)
-    monkeypatch.setattr(torch_backend, "_onednn_linear", lambda *arguments: calls.append(1) or real(*arguments))
+    monkeypatch.setattr(torch_backend, "onednn_linear", lambda *arguments: calls.append(1) or real(*arguments))
     return calls
 
 

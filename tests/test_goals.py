@@ -86,6 +86,20 @@ def test_whole_models():
     assert verdicts(rows, "SAM-H encoder, batch 8") == {"SAM-H encoder, batch 8": "missed"}
 
 
+def test_compiling_an_accelerated_model_makes_it_no_slower():
+    ours = {"accelerated": 1.0, "accelerated_compile": 1.01, "accelerated_graph": 0.5}
+    one = row("model", "ViT-B/16 224, batch 1", ours_ms=0.5, peers={"compile": 1.0, "eager": 2.0}, ours_variants=ours)
+    many = row("model", "ViT-B/16 224, batch 256", ours_ms=1.0, peers={"compile": 1.02}, ours_variants=ours)
+    step = row("training", "ViT-B/16 224, batch 64", "step", ours_ms=0.9, peers={"sdpa": 1.0}, ours_variants={"accelerated": 0.9})
+    rows = [one, many, step]
+    over_original = "ViT-B/16, compiled, over the original compiled"
+    assert verdicts(rows, over_original) == {one["case"]: "missed", many["case"]: "met"}
+    assert set(verdicts(rows, "ViT-B/16, compiled, over not compiled").values()) == {"met"}
+    assert set(verdicts(rows, "training step, compiled, over not compiled").values()) == {"not measured"}
+    ours["accelerated_compile"] = 1.03
+    assert set(verdicts(rows, "ViT-B/16, compiled, over not compiled").values()) == {"missed"}
+
+
 def test_fp8_first_calls_and_launches():
     rows = [row("model", "ViT-L/16 224, batch 64, fp8", ours_ms=1.0, vs_bf16=1.5, cosine=0.9985)]
     rows += [row("linear", "fc1", "first_call", ours_ms=2900.0), row("linear", "fc1", "launch", ours_ms=0.021)]

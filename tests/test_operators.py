@@ -170,6 +170,15 @@ SAMPLES = {
         "gelu": lambda: _linear_backward("gelu", [True, True, True]),
         "input only": lambda: _linear_backward(None, [True, False, False], bias=False),
     },
+    "onednn_linear": {"gelu": lambda: (torch.randn(2, 5, 8), torch.randn(6, 8), torch.randn(6), "gelu")},
+    "onednn_attention": {
+        "positions": lambda: (
+            *(torch.randn(1, 2, 6, 4) for _ in range(3)),
+            0.5,
+            torch.randn(1, 2, 6, 2),
+            torch.randn(1, 2, 6, 3),
+        ),
+    },
     "mlp_forward": {"saved": lambda: (*_mlp(), True), "not saved": lambda: (*_mlp(None), False)},
     "mlp_backward": {
         "gelu": lambda: _mlp_backward("gelu", [True] * 5),

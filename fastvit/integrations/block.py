@@ -154,7 +154,7 @@ def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, ca
     before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
     normed = handoff.collect(x, before)
     if normed is None:
-        normed = ops.layer_norm(x, parameter(before, "weight"), parameter(before, "bias"), before.eps)
+        normed = _norms(ops).layer_norm(x, parameter(before, "weight"), parameter(before, "bias"), before.eps)
     branch = _attention(parts, layout, ops, normed, call)
     del normed
     branch, scale, owned = _branch(parts, layout.residuals[0], layout.attention.drop, branch)
@@ -188,7 +188,13 @@ def _add_norm(
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
     if owned and chosen == "torch" and _may_overwrite(branch, x, scale):
         return torch_backend.add_layer_norm_(x, branch, weight, bias, norm.eps, scale)
-    return ops.add_layer_norm(x, branch, weight, bias, norm.eps, layer_scale=scale)
+    return _norms(ops).add_layer_norm(x, branch, weight, bias, norm.eps, layer_scale=scale)
+
+
+def _norms(ops: Any) -> Any:
+    """What computes sums and norms: for a compiler PyTorch's own operators, which it joins into one kernel across the ends of
+    blocks, as ``handoff`` does where nothing is compiled, and calls without Python."""
+    return TORCH if torch.compiler.is_compiling() and backend.get_backend() == "auto" else ops
 
 
 def queries_and_keys(block: nn.Module, layout: Layout, call: Call) -> tuple[Tensor, Tensor, float]:

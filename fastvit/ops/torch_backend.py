@@ -11,7 +11,8 @@ follows them there (``onednn_attention``).
 import functools
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,19 @@ ONEDNN_MIN_PRODUCTS = 1_000_000
 SWALLOWS_SCORES = 1e30
 
 
-@functools.cache
+def _constant(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A function that a compiler asks once, while it traces, as ``torch.compiler.assume_constant_result`` has it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend._why_not_gpu
+    return function
+
+
+@_constant
 def _cpu_vendor() -> str:
+    return _read_cpu_vendor()
+
+
+@functools.cache
+def _read_cpu_vendor() -> str:
     """amd, intel or other; other also where the CPU lacks AVX2 or PyTorch lacks oneDNN."""
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
         return "other"
@@ -47,20 +59,26 @@ def _cpu_vendor() -> str:
     return {"AuthenticAMD": "amd", "GenuineIntel": "intel"}[found.group()] if found else "other"
 
 
-@functools.cache
+@_constant
 def _onednn_multiplies_bfloat16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@_constant
+def _undisturbed() -> bool:
+    """Run or compiled, and not traced or transformed by anything."""
+    return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or _forward_ad_active())
 
 
 def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     """Whether oneDNN's pointwise-fused linear may and should serve an operator on these tensors.
 
-    May: plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, of which no gradient is wanted, run and not
-    traced (the operator has neither autograd nor batching rules, and an exported graph should not name it). Should: from
+    May: plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, of which no gradient is wanted, run or compiled
+    but not traced (the operator has neither autograd nor batching rules, and an exported graph should not name it). Should: from
     ONEDNN_MIN_PRODUCTS on, always on AMD and in bfloat16 (PyTorch's own goes there too, but without the epilogue); on
     Intel, where MKL is as fast, float32 only for the activation.
     """
-    if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
     if not _plain(tensors):
         return False
@@ -71,7 +89,7 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
     if vendor == "other" or (mkl_as_fast and activation not in _ONEDNN_ACTIVATIONS):
         return False
-    return _run()
+    return _undisturbed()
 
 
 def _plain(tensors: Iterable[Tensor | None]) -> bool:
@@ -89,18 +107,13 @@ def _plain(tensors: Iterable[Tensor | None]) -> bool:
     return True
 
 
-def _run() -> bool:
-    """Run, and not traced or transformed by anything."""
-    return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or _forward_ad_active())
-
-
 def onednn_attends(tokens: int, *tensors: Tensor | None) -> bool:
     """Whether ``onednn_attention`` may and should serve these: float32 in inference, on AMD, over so many queries and keys."""
-    if torch.compiler.is_compiling() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
     if tokens < onednn_attention.LEAST_TOKENS or any(t is not None and t.dtype != torch.float32 for t in tensors):
         return False
-    return _plain(tensors) and _cpu_vendor() == "amd" and _run()
+    return _plain(tensors) and _cpu_vendor() == "amd" and _undisturbed()
 
 
 def _forward_ad_active() -> bool:
@@ -116,7 +129,7 @@ def _transformed() -> bool:
 _ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
 
-def _onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x·Wᵀ + b) for contiguous weights: any other layout falls to a oneDNN kernel a thousand times slower."""
     attribute, algorithm = _ONEDNN_ACTIVATIONS.get(activation or "", ("none", ""))
     out = torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, attribute, [], algorithm)
@@ -145,7 +158,8 @@ def attention(
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     tokens = min(query.shape[2], key.shape[2])
     if attn_mask is None and not is_causal and onednn_attends(tokens, query, key, value, rel_h, rel_w):
-        return onednn_attention.attention(query, key, value, scale, rel_h, rel_w)
+        serve = torch.ops.fastvit.onednn_attention if torch.compiler.is_compiling() else onednn_attention.attention
+        return serve(query, key, value, scale, rel_h, rel_w)
     if rel_h is None and attn_mask is None:
         return _sdpa(query, key, value, None, is_causal, scale)
     if rel_h is None and not is_causal:
@@ -269,7 +283,8 @@ def add_(residual: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     if weight.is_contiguous() and _onednn(input, weight, bias, activation=activation):
-        return _onednn_linear(input, weight, bias, activation)
+        serve = torch.ops.fastvit.onednn_linear if torch.compiler.is_compiling() else onednn_linear
+        return serve(input, weight, bias, activation)
     return _activate(F.linear(input, weight, bias), activation)
 
 
