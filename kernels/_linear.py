@@ -90,17 +90,19 @@ def finish(
     BACKWARD: tl.constexpr,
     EXACT: tl.constexpr,
     HALVINGS: tl.constexpr,
+    sums_ptr=None,
 ):
-    """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear``'s. Each halving takes
-    the columns in two parts, one after the other: fewer registers, so that two programs share a multiprocessor."""
+    """The epilogue of a tile, its rows ``m``, its columns from ``first_n`` on; the pointers are ``_linear``'s, ``sums_ptr`` to
+    this tile's row. Each halving takes the columns in two parts, one after the other: fewer registers, so that two programs
+    share a multiprocessor."""
     columns: tl.constexpr = acc.shape[1]
     if HALVINGS > 0:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, columns // 2)), (0, 2, 1)))
         # fmt: off
         finish(left, m, first_n, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
+               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1, sums_ptr)
         finish(right, m, first_n + columns // 2, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1)
+               ACTIVATION, BACKWARD, EXACT, HALVINGS - 1, sums_ptr)
         # fmt: on
     else:
         n = first_n + tl.arange(0, columns)
@@ -114,6 +116,8 @@ def finish(
                 hidden = activate(pre, ACTIVATION, EXACT)
                 tl.store(hidden_ptr + m[:, None] * N + n[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
             acc *= activation_derivative(pre, ACTIVATION, EXACT)
+            if sums_ptr is not None:
+                tl.store(sums_ptr + n, tl.sum(tl.where((m < M)[:, None], acc, 0.0), axis=0), mask=n < N)
         else:
             if pre_ptr is not None:
                 tl.store(pre_ptrs, acc.to(pre_ptr.dtype.element_ty), mask=inside)

@@ -34,6 +34,7 @@ def _linear(
     pre_ptr,  # [M, N] or None: written in forward, read in backward
     out_ptr,  # [M, N]
     hidden_ptr,  # [M, N] or None: activate(pre), backward only
+    sums_ptr,  # [tiles of M, N] or None: of out, over a tile's rows, in float32; backward only
     M,
     N,
     K,
@@ -68,11 +69,13 @@ def _linear(
         first_k = split * depth
         last_k = tl.minimum(first_k + depth, K)
         out_ptr += split.to(tl.int64) * M * N
+    if sums_ptr is not None:
+        sums_ptr += tile_m.to(tl.int64) * N
     # fmt: off
     acc = products(a_ptr, b_ptr, m, n, M, N, K, first_k, last_k, stride_a_m, stride_a_k, stride_b_n, stride_b_k,
                    A_TRANSPOSED, B_TRANSPOSED, EVEN_K, INPUT_PRECISION, BLOCK_K)
     finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-           ACTIVATION, BACKWARD, EXACT, HALVINGS)
+           ACTIVATION, BACKWARD, EXACT, HALVINGS, sums_ptr)
     # fmt: on
 
 
@@ -104,9 +107,10 @@ def launch_linear(
     hidden: torch.Tensor | None = None,
     activation: str | None = None,
     backward: bool = False,
+    sums: torch.Tensor | None = None,
 ) -> None:
-    """Fills out [M, N] (and pre or hidden) from a [M, K] and b [N, K]; out, pre, hidden have last stride 1. All but b may be
-    contiguous with more dimensions instead."""
+    """Fills out [M, N] (and pre or hidden, and sums [``linear_split.row_tiles``, N] float32) from a [M, K] and b [N, K]; out, pre
+    and hidden have last stride 1. All but b may be contiguous with more dimensions instead."""
     op, row = row_for(a, b, backward)
     arguments = operands(a, b, row) | {
         "bias_ptr": bias,
@@ -121,7 +125,7 @@ def launch_linear(
         known = {name: value for name, value in arguments.items() if name in _linear_persistent.arg_names}
         launch(op, _linear_persistent, (programs,), a, row, **known)
     else:
-        alone = {"hidden_ptr": hidden, "depth": a.shape[-1], "SPLIT": False, "BACKWARD": backward}
+        alone = {"hidden_ptr": hidden, "sums_ptr": sums, "depth": a.shape[-1], "SPLIT": False, "BACKWARD": backward}
         launch(op, _linear, (count,), a, row, **arguments, **alone)
 
 

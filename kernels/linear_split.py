@@ -30,6 +30,7 @@ def _add_up(
     pre_ptr,
     out_ptr,
     hidden_ptr,
+    sums_ptr,
     M,
     N,
     splits,
@@ -53,9 +54,11 @@ def _add_up(
         for split in tl.static_range(4):
             acc += tl.load(ptrs + split * size, mask=inside & (first + split < splits), other=0.0)
         ptrs += 4 * size
+    if sums_ptr is not None:
+        sums_ptr += (tl.program_id(0) // blocks).to(tl.int64) * N
     # fmt: off
     finish(acc, m, first_n, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
-           ACTIVATION, BACKWARD, EXACT, 0)
+           ACTIVATION, BACKWARD, EXACT, 0, sums_ptr)
     # fmt: on
 
 
@@ -64,6 +67,12 @@ def splits_of(a: torch.Tensor, b: torch.Tensor, backward: bool = False) -> int:
     rows, depth, _ = as_matrix(a)
     find = _splits_of.__wrapped__ if tuning() else _splits_of
     return find(target_of(a), backward, a.element_size(), rows, b.shape[0], depth)
+
+
+def row_tiles(a: torch.Tensor, b: torch.Tensor, backward: bool = False) -> int:
+    """How many tiles of rows the kernel makes that has the epilogue of a · bᵀ: the product's, or the one that adds up splits."""
+    row = config("linear_split", target_of(a)) if splits_of(a, b, backward) > 1 else row_for(a, b, backward)[1]
+    return triton.cdiv(as_matrix(a)[0], row["BLOCK_M"])
 
 
 @lru_cache(maxsize=4096)
@@ -97,6 +106,7 @@ def launch_linear_split(
     hidden: torch.Tensor | None = None,
     activation: str | None = None,
     backward: bool = False,
+    sums: torch.Tensor | None = None,
 ) -> None:
     """Fills what ``launch_linear`` fills; partial [splits, M, N], contiguous float32, is scratch."""
     splits, m, n = partial.shape
@@ -111,6 +121,7 @@ def launch_linear_split(
         pre_ptr=None,
         out_ptr=partial,
         hidden_ptr=None,
+        sums_ptr=None,
         depth=triton.cdiv(triton.cdiv(a.shape[-1], row["BLOCK_K"]), splits) * row["BLOCK_K"],
         stride_pre_m=0,
         stride_out_m=n,
@@ -119,18 +130,19 @@ def launch_linear_split(
         BACKWARD=False,
         **operands(a, b, row),
     )
-    sums = config("linear_split", target_of(a))
+    adding = config("linear_split", target_of(a))
     launch(
         "linear_split",
         _add_up,
-        (triton.cdiv(m, sums["BLOCK_M"]) * triton.cdiv(n, sums["BLOCK_N"]),),
+        (triton.cdiv(m, adding["BLOCK_M"]) * triton.cdiv(n, adding["BLOCK_N"]),),
         a,
-        sums,
+        adding,
         partial_ptr=partial,
         bias_ptr=bias,
         pre_ptr=pre,
         out_ptr=out,
         hidden_ptr=hidden,
+        sums_ptr=sums,
         M=m,
         N=n,
         splits=splits,

@@ -90,7 +90,7 @@ def _mlp():
         (_norm_of_images, [(1, 2)]),
         (_sum_and_norm, [(1, 3)]),
         (_norms_of_queries_and_keys, [(1, 4)]),
-        (_mlp, [(2, 1), (2, 1), (1, 2)]),  # strips of rows, of both linears
+        (_mlp, [(2, 1), (1, 2)]),  # strips of rows for fc2's bias; fc1's gradient comes summed up by tiles out of the product
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

@@ -36,9 +36,11 @@ def _product(
     hidden: Tensor | None = None,
     activation: str | None = None,
     backward: bool = False,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """a [M, K] · b [N, K]ᵀ + bias → [M, N], or ``shape`` of as many elements: allocated so, since a result that is a view
-    refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library."""
+    refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library. Backward, ``sums`` of
+    ``_tile_sums`` gets the column sums of each tile of the result."""
     out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
     if activation is None and pre is None and hidden is None and left_to_vendor(a, b):
         a = _matrix(a)
@@ -47,10 +49,11 @@ def _product(
         return out
     splits = kernels.linear_split.splits_of(a, b, backward)
     if splits == 1:
-        kernels.linear.launch_linear(a, b, contiguous(bias), out, pre, hidden, activation, backward)
+        kernels.linear.launch_linear(a, b, contiguous(bias), out, pre, hidden, activation, backward, sums)
     else:
         partial = scratch(a.new_empty(splits, out.numel() // b.shape[0], b.shape[0], dtype=torch.float32))
-        kernels.linear_split.launch_linear_split(a, b, contiguous(bias), out, partial, pre, hidden, activation, backward)
+        arguments = (a, b, contiguous(bias), out, partial, pre, hidden, activation, backward, sums)
+        kernels.linear_split.launch_linear_split(*arguments)
     return out
 
 
@@ -72,6 +75,11 @@ def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     if dy.shape[0] == 0:
         return dy.new_zeros(dy.shape[1], x.shape[1])
     return _product(dy.t(), x.t())
+
+
+def _tile_sums(a: Tensor, b: Tensor) -> Tensor:
+    """What ``_product`` backward leaves a bias's gradient in, for ``sum_partials``: (tiles of rows, N) float32."""
+    return scratch(a.new_empty(kernels.linear_split.row_tiles(a, b, backward=True), b.shape[0], dtype=torch.float32))
 
 
 def _activation_gradient(dy: Tensor, pre: Tensor, activation: str) -> Tensor:
@@ -189,13 +197,13 @@ def mlp_backward(
     if wants[3]:
         hidden = pre if activation is None else scratch(pre.new_empty(pre.shape))
     dy_sums = strip_sums(dy) if wants[4] and has_fc2_bias else None
+    dpre_sums = _tile_sums(dy, w2.t()) if wants[2] and has_fc1_bias else None
     kept = None if activation is None else hidden
-    dpre = scratch(_product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=kept))
+    dpre = scratch(_product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=kept, sums=dpre_sums))
     dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden)
     del hidden, kept
     dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
     dfc1_weight = _weight_gradient(dpre, x) if wants[1] else None
-    dpre_sums = strip_sums(dpre) if wants[2] and has_fc1_bias else None
     dfc1_bias, dfc2_bias = sum_partials((dpre_sums, dy_sums), (dpre, dy))
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
