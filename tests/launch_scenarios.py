@@ -21,8 +21,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 import fastvit
-from benchmarks.overhead import operators, pretend_tensors, trained
+from benchmarks.overhead import _vit, operators, pretend_tensors, trained
 from fastvit import functional as F
+from fastvit._torchvision import ensure_importable
 from fastvit.ops import dispatch
 
 warnings.simplefilter("ignore")
@@ -146,9 +147,8 @@ def wanted(*tensors):
     return [t.requires_grad_() for t in tensors]
 
 
-def trains_again(name):
+def trains_again(forward, leaves):
     """A step, once Triton's own way and then from recipes: the same launches, into other memory."""
-    forward, leaves = trained()[name]
 
     def step():
         out = forward()
@@ -165,7 +165,61 @@ def trains_again(name):
     assert type(out.grad_fn).__name__ == type(again.grad_fn).__name__
 
 
-SCENARIOS |= {f"trains {name}": functools.partial(trains_again, name) for name in trained()}
+SCENARIOS |= {f"trains {name}": functools.partial(lambda name: trains_again(*trained()[name]), name) for name in trained()}
+
+
+def block_of_a_vit():
+    """(a block on the kernels, hidden states that want a gradient)"""
+    model = _vit(depth=1, num_classes=0)
+    fastvit.accelerate(model)
+    return model.blocks[0], fresh(1, 4, 32).requires_grad_()
+
+
+@scenario
+def a_block_trains():
+    block, x = block_of_a_vit()
+    trains_again(lambda: block(x), (x, *block.parameters()))
+    assert block(x).grad_fn.name() == "BlockBackward"
+    with fastvit.use_backend("torch"):
+        assert block(x).grad_fn.name() != "BlockBackward"
+
+
+@scenario
+def a_blocks_parameters_frozen_and_thawed():
+    block, x = block_of_a_vit()
+    for frozen in (None, "mlp.fc2.weight", "attn.qkv.weight", "norm1.bias", "attn.proj.bias", None):
+        for _ in range(3):
+            for name, parameter in block.named_parameters():
+                parameter.requires_grad_(name != frozen)
+            block.zero_grad()
+            block(x).sum().backward()
+            without = [name for name, parameter in block.named_parameters() if parameter.grad is None]
+            assert without == ([] if frozen is None else [frozen])
+    for tensor in (x, *block.parameters()):
+        tensor.requires_grad_(False)
+    assert block(x).grad_fn is None
+
+
+@scenario
+def a_block_lets_go_of_what_it_saved():
+    block, _ = block_of_a_vit()
+    own = {parameter.data_ptr() for parameter in block.parameters()}
+    kept: list = []
+
+    def keep(tensor):
+        if tensor.data_ptr() not in own:
+            kept.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    for count in (1, 2, 3):
+        x = fresh(1, 4, 32).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = block(x)
+        keep(out)
+        assert sum(ref() is not None for ref in kept) == len(kept) // count > 10
+        out.sum().backward()
+        del x, out
+        assert [ref() for ref in kept] == [None] * len(kept)
 
 
 @scenario
@@ -232,6 +286,7 @@ def what_is_saved_is_let_go():
         x = fresh(2, 4, 32).requires_grad_()
         out = F.layer_norm(x, w, b)
         recalled += [weakref.ref(x.untyped_storage()), weakref.ref(out.untyped_storage())]
+        assert all(ref() is not None for ref in recalled[-2:])
         out.sum().backward()
         refused(lambda out=out: out.sum().backward(), "a second time")
         del x, out
@@ -557,6 +612,7 @@ def what_a_rule_leaves_to_the_vendor():
 
 
 def main():
+    ensure_importable()
     results = {}
     with fastvit.use_backend("auto"):
         for name, run in SCENARIOS.items():

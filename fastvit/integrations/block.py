@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, functional, reference
+from ..ops import block as one_function
 from ..ops import torch_backend, torch_image_attention
 from . import decoder, grid, handoff, layouts, multihead, two_way
 from .call import Call
@@ -152,6 +153,10 @@ def _held_to(pinned: str) -> AbstractContextManager:
 
 def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, next_norm: Any) -> Tensor:
     before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
+    if layout.plain and ops is TRITON and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out = _at_once(parts, layout, x, call)
+        if out is not None:
+            return out
     normed = handoff.collect(x, before)
     if normed is None:
         normed = _norms(ops).layer_norm(x, parameter(before, "weight"), parameter(before, "bias"), before.eps)
@@ -167,6 +172,34 @@ def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, ca
     if next_norm is not None and handoff.possible(chosen, x, branch, next_norm):
         return handoff.add_layer_norm(ops, x, branch, next_norm, scale)
     return _add(x, branch, scale, owned)
+
+
+def _at_once(parts: Parts, layout: Layout, x: Tensor, call: Call) -> Tensor | None:
+    """The output of a plain block in training, by one autograd Function (``ops.block``) where it is served by it; else None."""
+    attention, child = layout.attention, parts.child
+    mlp: Any = layout.mlp
+    first, second = layout.residuals
+    modules = (attention.out_norm, attention.gate, mlp.hidden_norm)
+    if call.attn_mask is not None or call.is_causal or call.cos is not None or any(parts.part(path) for path in modules):
+        return None
+    drops = (*attention.drop, first.drop, mlp.hidden_drop, *mlp.drop, second.drop)
+    if any(_active(*map(child, drops))) or any(getattr(parts.part(r.drop_path), "training", False) for r in layout.residuals):
+        return None
+    owner = child(attention.owner)
+    heads = next(count for count in [attribute(owner, name) for name in layouts.HEAD_COUNTS] if count is not None)
+    if attribute(owner, layouts.KEY_HEAD_COUNT, heads) != heads or _separate_bias(owner) is not None:
+        return None
+
+    def parameters(path: str) -> tuple[Any, Any]:
+        return parameter(child(path), "weight"), parameter(child(path), "bias")
+
+    tensors = [x, *parameters(layout.norms.before), *parameters(attention.out), _scale_of(parts, first.scale)]
+    tensors += [*parameters(layout.norms.after), *parameters(mlp.fc1), *parameters(mlp.fc2), _scale_of(parts, second.scale)]
+    for path in attention.qkv:
+        tensors += parameters(path)
+    eps = child(layout.norms.before).eps, child(layout.norms.after).eps
+    features = tensors[-2].shape[0] // (heads if len(attention.qkv) == 3 else 3 * heads)
+    return one_function.block(tensors, heads, eps, _scale(owner, features), layout.activation or "")
 
 
 def _post_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, _next_norm: Any) -> Tensor:

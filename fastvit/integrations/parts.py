@@ -43,7 +43,7 @@ class Layout:
     fused operator computes. ``head_dim``: where it is known. ``kinds``: path → class of every descendant that the fused path
     stands in for. ``own``: path → why that descendant is called as the module it is. ``window``: where the hidden states are
     images, tokens a side of the attention's windows, 0 for the whole image; ``relative``: with tables of relative positions.
-    ``called``: the paths of ``own``.
+    ``called``: the paths of ``own``; ``plain``: whether, beside its dropouts, it has nothing that ``ops.block`` does not know.
     """
 
     norms: layouts.Norms
@@ -63,9 +63,12 @@ class Layout:
     relative: bool = False
 
     called: tuple[str, ...] = field(init=False)
+    plain: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "called", tuple(path for path, _ in self.own))
+        odd = self.post_norm or self.multihead or self.own or self.gating or self.head_norm or self.window is not None
+        object.__setattr__(self, "plain", not odd and self.mlp is not None)
 
     @property
     def rotary(self) -> bool:

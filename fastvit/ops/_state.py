@@ -27,6 +27,11 @@ transforms, tracing, profiling = (
 )
 
 
+def untransformed() -> bool:
+    """Whether no mode, transform or trace makes something else of what PyTorch's operators are given."""
+    return not (dispatch_modes() or function_modes() or transforms() or tracing() is not None)
+
+
 def nothing_between() -> bool:
     """Whether no mode, transform, trace or profile stands between an operator's call and its kernel."""
     return not (dispatch_modes() or function_modes() or transforms() or profiling() or tracing() is not None)
@@ -34,8 +39,11 @@ def nothing_between() -> bool:
 
 def direct(*args: Any) -> bool:
     """Whether PyTorch's dispatcher would do no more than call the kernel: nothing between them, and plain tensors."""
-    if torch.compiler.is_compiling() or not nothing_between():
-        return False
+    return not torch.compiler.is_compiling() and nothing_between() and plain(*args)
+
+
+def plain(*args: Any) -> bool:
+    """Whether the tensors among the arguments are PyTorch's own, read as they lie in memory."""
     for arg in args:
         kind = type(arg)
         if kind is Tensor or kind is nn.Parameter:
