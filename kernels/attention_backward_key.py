@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ._attention import eights, gather_rel, store_tile
 from ._attention_arguments import all_eights, common_arguments, row_for
-from ._attention_backward import add_products, load_rows_of, products_of, recomputed_weights
+from ._attention_backward import add_products, copies_of, load_rows_of, load_statistics, products_of, recomputed_weights
 from ._launch import launch
 from ._plans import planned
 
@@ -50,6 +50,7 @@ def _key_step(
     VALUE_MAIN: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    COPIES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """``sums`` with the share of one block of queries added."""
@@ -65,13 +66,8 @@ def _key_step(
         exists = inside[None, :] & (column < keys)[:, None]
         query = head_index + row
         rel = gather_rel(rel_h_ptr, rel_w_ptr, query[None, :], column[:, None], key_rows, key_columns, exists, MASK)
-    # Queries beyond the end have lse = +inf and so weight 0; keys beyond it are never stored.
-    if BOUNDED:
-        lse = tl.load(lse_ptr + head_index + row, mask=inside, other=float("inf"))
-        delta = tl.load(delta_ptr + head_index + row, mask=inside, other=0.0)
-    else:
-        lse = tl.load(lse_ptr + head_index + row)
-        delta = tl.load(delta_ptr + head_index + row)
+    # Queries beyond the end add nothing, being zero like their dout; keys beyond it are never stored.
+    lse, delta = load_statistics(lse_ptr, delta_ptr, head_index + row, inside, COPIES, BLOCK_M, BOUNDED)
     weights = recomputed_weights(
         products,
         rel,
@@ -153,6 +149,7 @@ def _attention_backward_key(
     VALUE_TAIL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COPIES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(keys, BLOCK_N)
@@ -230,6 +227,7 @@ def _attention_backward_key(
                     VALUE_MAIN,
                     VALUE_TAIL,
                     BLOCK_M,
+                    COPIES,
                     INPUT_PRECISION,
                 )
 
@@ -279,6 +277,7 @@ def launch_attention_backward_key(
         dv_ptr=dv,
         CAUSAL=is_causal,
         EIGHTS=all_eights(q, k, v, dout, dk, dv),
+        COPIES=copies_of(q, row),
         **strides,
         **common_arguments(q, k, v, mask, rel_h, scale),
     )

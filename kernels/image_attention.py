@@ -56,8 +56,9 @@ def query_tokens(place, top, left, columns, width, stride_y, stride_x, LINEAR: t
         token = place.to(tl.int64)
         return token * stride_x, token
     else:
-        y, x = (top + place // columns).to(tl.int64), (left + place % columns).to(tl.int64)
-        return y * stride_y + x * stride_x, y * width + x
+        down = (place.to(tl.uint32) // columns.to(tl.uint32)).to(tl.int32)  # half the instructions of a signed division
+        y, x = top + down, left + place - down * columns
+        return y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, (y * width + x).to(tl.int64)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._attention_backward import copies_of, load_statistics
 from ._launch import launch
 from ._plans import planned
 from .image_attention import (
@@ -64,6 +65,7 @@ def _image_attention_backward_key(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_COLUMNS: tl.constexpr,
+    COPIES: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     KEY_ROWS: tl.constexpr = BLOCK_N // KEY_COLUMNS
@@ -112,12 +114,8 @@ def _image_attention_backward_key(
             q_tail = load_rows(query_rows, inside, MAIN, TAIL, DIM, not EVEN_QUERIES)
             scores = tl.dot(k_tail, tl.trans(q_tail), scores, input_precision=INPUT_PRECISION)
         scores *= scale * 1.4426950408889634
-        # Queries beyond the end have lse = +inf and so weight 0; keys that the window has not are never stored.
-        if EVEN_QUERIES:
-            lse, delta = tl.load(lse_ptr + index), tl.load(delta_ptr + index)
-        else:
-            lse = tl.load(lse_ptr + index, mask=inside, other=float("inf"))
-            delta = tl.load(delta_ptr + index, mask=inside, other=0.0)
+        # Queries beyond the end add nothing, being zero like their dout; keys that the window has not are never stored.
+        lse, delta = load_statistics(lse_ptr, delta_ptr, index, inside, COPIES, BLOCK_M, not EVEN_QUERIES)
         if HAS_REL:
             rel_w = tl.trans(relative_tile(rel_w_ptr + index * window_w, key_column, window_w, inside, KEY_COLUMNS))
             if KEY_ROWS == 1:
@@ -212,6 +210,7 @@ def launch_image_attention_backward_key(
         tiles_across=tiles_across,
         scale=scale,
         HAS_REL=rel_h is not None,
+        COPIES=copies_of(qkv, row),
         WANTS_PAD=dpad is not None,
         **tile,
         **query_arguments(qkv, window, row["BLOCK_M"]),

@@ -5,9 +5,12 @@ Shapes are small because the interpreter is slow, and chosen where kernels break
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 import fastvit
 from fastvit import functional, reference
+from fastvit.kernels._attention_backward import load_statistics
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
 from tests.layouts import LAYOUTS, embedded, lay_out
 
@@ -385,6 +388,26 @@ def test_the_same_bits_twice(backend, device, extra):
     first, second = (run(functional.attention, arguments) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@triton.jit
+def _statistics(lse_ptr, delta_ptr, out_ptr, rows, COPIES: tl.constexpr, ROWS: tl.constexpr, BOUNDED: tl.constexpr):
+    row = tl.arange(0, ROWS).to(tl.int64)
+    lse, delta = load_statistics(lse_ptr, delta_ptr, row, row < rows, COPIES, ROWS, BOUNDED)
+    tl.store(out_ptr + row, lse)
+    tl.store(out_ptr + ROWS + row, delta)
+
+
+@pytest.mark.parametrize("rows", [16, 13])
+@pytest.mark.parametrize("copies", [0, 1, 2, 8])
+def test_statistics_are_read_in_turns(device, copies, rows):
+    if copies and torch.version.hip:
+        pytest.skip("AMD's compiler takes no choice between two pointers")
+    saved = torch.randn(2, 16, device=device)
+    saved[:, rows:] = float("nan")
+    out = torch.empty_like(saved)
+    _statistics[(1,)](saved[0], saved[1], out, rows, COPIES=copies, ROWS=16, BOUNDED=rows < 16)
+    assert torch.equal(out, saved.nan_to_num(0.0))
 
 
 @pytest.mark.parametrize("name", ["query", "key", "value", "rel_h", "rel_w"])
