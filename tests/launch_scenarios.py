@@ -24,6 +24,7 @@ import fastvit
 from benchmarks.overhead import _vit, operators, pretend_tensors, trained
 from fastvit import functional as F
 from fastvit._torchvision import ensure_importable
+from fastvit.ops import block as one_block
 from fastvit.ops import dispatch
 
 warnings.simplefilter("ignore")
@@ -182,6 +183,28 @@ def a_block_trains():
     assert block(x).grad_fn.name() == "BlockBackward"
     with fastvit.use_backend("torch"):
         assert block(x).grad_fn.name() != "BlockBackward"
+
+
+@scenario
+def blocks_infer():
+    model = _vit(depth=2, num_classes=0)
+    fastvit.accelerate(model)
+    for mode in (torch.no_grad, torch.inference_mode):
+        x = fresh(1, 4, 32)
+        with mode():
+            noted, again = repeated(lambda x=x: model.blocks(x), scratch=True)
+        assert len(noted) == 8
+        assert x.data_ptr() in addresses(noted[0])
+    limit, one_block.SMALL = one_block.SMALL, 100
+    try:
+        with torch.no_grad():
+            assert without_addresses(made(lambda: model.blocks(fresh(1, 4, 32)))[1]) == without_addresses(again)
+    finally:
+        one_block.SMALL = limit
+    hook = model.blocks[0].norm2.register_forward_hook(lambda module, args, out: out * 0)
+    with torch.no_grad():
+        assert len(made(lambda: model.blocks(fresh(1, 4, 32)))[1]) < 8, "a hook was passed over"
+    hook.remove()
 
 
 @scenario

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import backend, functional, reference
-from ..ops import block as one_function
+from ..ops import block as one_block
 from ..ops import torch_backend, torch_image_attention
 from . import decoder, grid, handoff, layouts, multihead, two_way
 from .call import Call
@@ -153,11 +153,11 @@ def _held_to(pinned: str) -> AbstractContextManager:
 
 def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, next_norm: Any) -> Tensor:
     before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
-    if layout.plain and ops is TRITON and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        out = _at_once(parts, layout, x, call)
+    normed = handoff.collect(x, before)
+    if layout.plain and ops is TRITON and not torch.compiler.is_compiling():
+        out = _at_once(parts, layout, chosen, x, call, normed, next_norm)
         if out is not None:
             return out
-    normed = handoff.collect(x, before)
     if normed is None:
         normed = _norms(ops).layer_norm(x, parameter(before, "weight"), parameter(before, "bias"), before.eps)
     branch = _attention(parts, layout, ops, normed, call)
@@ -174,8 +174,10 @@ def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, ca
     return _add(x, branch, scale, owned)
 
 
-def _at_once(parts: Parts, layout: Layout, x: Tensor, call: Call) -> Tensor | None:
-    """The output of a plain block in training, by one autograd Function (``ops.block``) where it is served by it; else None."""
+def _at_once(
+    parts: Parts, layout: Layout, chosen: str, x: Tensor, call: Call, normed: Tensor | None, next_norm: Any
+) -> Tensor | None:
+    """The output of a plain block by one autograd Function or one recipe (``ops.block``); None where it has none now."""
     attention, child = layout.attention, parts.child
     mlp: Any = layout.mlp
     first, second = layout.residuals
@@ -199,7 +201,15 @@ def _at_once(parts: Parts, layout: Layout, x: Tensor, call: Call) -> Tensor | No
         tensors += parameters(path)
     eps = child(layout.norms.before).eps, child(layout.norms.after).eps
     features = tensors[-2].shape[0] // (heads if len(attention.qkv) == 3 else 3 * heads)
-    return one_function.block(tensors, heads, eps, _scale(owner, features), layout.activation or "")
+    options = one_block.Options(heads, *eps, _scale(owner, features), layout.activation or "")
+    if torch.is_grad_enabled():
+        return one_block.block(tensors, options)
+    if next_norm is None or not handoff.possible(chosen, x, x, next_norm):
+        return one_block.infer(tensors, options, normed, None)
+    following = parameter(next_norm, "weight"), parameter(next_norm, "bias"), next_norm.eps
+    with handoff.versioned():
+        made = one_block.infer(tensors, options, normed, following)
+    return None if made is None else handoff.leave(made[0], made[1], next_norm)
 
 
 def _post_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, call: Call, _next_norm: Any) -> Tensor:

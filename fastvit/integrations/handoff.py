@@ -10,7 +10,7 @@ Inference only; on the torch backend nothing would be gained.
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -62,9 +62,18 @@ def possible(backend: str, residual: Tensor, branch: Tensor, norm: nn.LayerNorm)
 def add_layer_norm(ops: Any, residual: Tensor, branch: Tensor, norm: nn.LayerNorm, scale: Tensor | None) -> Tensor:
     """residual + scale·branch, its norm being left for the block that comes next."""
     weight, bias = parameter(norm, "weight"), parameter(norm, "bias")
-    # Tensors made in inference mode have no version counter to tell a change by; made outside it, they have.
-    with _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext():
+    with versioned():
         normalized, total = ops.add_layer_norm(residual, branch, weight, bias, norm.eps, layer_scale=scale)
+    return leave(normalized, total, norm)
+
+
+def versioned() -> AbstractContextManager:
+    """Tensors made in inference mode have no version counter to tell a change by; made within this, they have."""
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def leave(normalized: Tensor, total: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """``total``, its norm being left for the block that comes next."""
     _slot.offer = _Offer(total, norm, normalized)
     return total
 

@@ -1,4 +1,4 @@
-"""A pre-norm block in training as one autograd Function: gradients, what is left to the operators, what autograd asks of it."""
+"""A pre-norm block as one autograd Function: gradients, what it leaves to operators, what autograd asks. And as one recipe."""
 
 import copy
 
@@ -8,9 +8,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
+from fastvit.integrations import block as integrated
+from fastvit.ops import block as one_block
 from fastvit.ops import linear
 from tests import models_for_acceleration as models
-from tests.model_errors import assert_equal_gradients
+from tests.model_errors import OUTPUT, assert_equal_gradients, relative
 
 ONE = "BlockBackward"
 
@@ -141,3 +143,23 @@ def test_autograd_sees_one_function_like_any_other(device):
         parameters["mlp.fc1.weight"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("options", [{}, {"init_values": None}], ids=["LayerScale", "plain"])
+def test_what_a_recipe_of_inference_repeats(mode, options, device, monkeypatch):
+    """The blocks of a model, the first leaving the norm of its sum for the second."""
+    model = models.timm_vit(embed_dim=32, depth=2, num_heads=2, **options).to(device)
+    picture = models.image().to(device)
+    given = []
+
+    def infer(tensors, options, normalized, following):
+        given.append((normalized is not None, following is not None))
+        return one_block.block_inference(*tensors, *options, normalized, *(following or (None, None, None)))
+
+    monkeypatch.setattr(integrated.one_block, "infer", infer)
+    monkeypatch.setattr(linear, "left_to_vendor", lambda a, b: True)
+    with mode():
+        expected = model(picture)
+        assert relative(fastvit.accelerate(model)(picture), expected) <= OUTPUT
+    assert given == [(False, True), (True, False)]

@@ -1,0 +1,100 @@
+"""The gradients of a pre-norm transformer block, from the operators' own backward passes (see ``block``)."""
+
+import torch
+from torch import Tensor
+
+from ._common import fill, scratch
+from .attention import attention_backward
+from .layer_norm import add_layer_norm_backward
+from .linear import _matrix, add_product, linear_backward, mlp_backward
+from .sums import strip_sums, sum_partials
+
+FIXED = 13  # tensors before the projections' weights and biases
+
+
+def heads_of(projected: list[Tensor], heads: int) -> list[Tensor]:
+    """Query, key and value, (B, H, N, D), where the projections wrote them."""
+    if len(projected) == 1:
+        return list(projected[0].unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0))
+    return [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in projected]
+
+
+def rows_of(attended: Tensor) -> Tensor:
+    """(B, H, N, D), in memory (B, N, H, D), as (B, N, C)."""
+    return attended.transpose(1, 2).flatten(2)
+
+
+def block_backward(
+    grad: Tensor,
+    x: Tensor,
+    norm1_weight: Tensor | None,
+    norm1_bias: Tensor | None,
+    out_weight: Tensor,
+    scale1: Tensor | None,
+    norm2_weight: Tensor | None,
+    norm2_bias: Tensor | None,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    scale2: Tensor | None,
+    wants: list[bool],
+    heads: int,
+    scale: float,
+    activation: str,
+    normalized: Tensor,
+    mean1: Tensor,
+    rstd1: Tensor,
+    attended: Tensor,
+    lse: Tensor,
+    branch: Tensor | None,
+    normalized2: Tensor,
+    total: Tensor,
+    mean2: Tensor,
+    rstd2: Tensor,
+    pre: Tensor,
+    mlp: Tensor | None,
+    *projections: Tensor,
+) -> tuple:
+    """The gradients of ``block_forward``'s tensors, None where ``wants`` says so; ``projections``: results, then weights."""
+    projected, weights = projections[: len(projections) // 2], projections[len(projections) // 2 :]
+    grads: list[Tensor | None] = [None] * len(wants)
+    dmlp, dtype = grad, x.dtype
+    if scale2 is not None:
+        dmlp = scratch(grad.new_empty(grad.shape))
+        fill(dmlp, torch.mul, grad, scale2)
+        if wants[12] and mlp is not None:
+            terms = scratch(grad.new_empty(grad.shape))
+            fill(terms, torch.mul, grad, mlp)
+            grads[12] = sum_partials([strip_sums(_matrix(terms))], [terms])[0]
+    dnormalized2, *grads[8:12] = mlp_backward(
+        dmlp, normalized2, fc1_weight, fc2_weight, pre, activation, True, True, [True, *wants[8:12]]
+    )
+    norm = (norm2_weight, norm2_bias, scale1, mean2, rstd2, dtype, dtype)
+    dtotal, dbranch, grads[6], grads[7], grads[5] = add_layer_norm_backward(scratch(dnormalized2), grad, branch, total, *norm)
+    dbranch = scratch(dtotal) if dbranch is None else scratch(dbranch)
+    below = any(wants[:3]) or any(wants[FIXED:])
+    drows, grads[3], grads[4] = linear_backward(
+        dbranch, rows_of(attended), out_weight, None, None, True, [below, wants[3], wants[4]]
+    )
+    if not below:
+        return tuple(grads)
+    dout = scratch(drows).unflatten(2, (heads, -1)).transpose(1, 2)
+    dprojected = [scratch(t.new_empty(t.shape)) for t in projected]
+    query, key, value = heads_of(list(projected), heads)
+    attention_backward(
+        dout, query, key, value, None, None, None, attended, lse, False, scale, False, into=heads_of(dprojected, heads)
+    )
+    dnormalized: Tensor | None = None
+    for index, (gradient, weight) in enumerate(zip(dprojected, weights, strict=True)):
+        place = FIXED + 2 * index
+        first = dnormalized is None
+        dinput, grads[place], grads[place + 1] = linear_backward(
+            gradient, normalized, weight, None, None, True, [first, *wants[place : place + 2]]
+        )
+        if dnormalized is None:
+            dnormalized = scratch(dinput)
+        else:
+            add_product(_matrix(dnormalized), _matrix(gradient), weight.t())
+    norm = (norm1_weight, norm1_bias, None, mean1, rstd1, dtype, dtype)
+    assert dnormalized is not None  # one projection at least
+    grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, scratch(dtotal), None, x, *norm)
+    return tuple(grads)
