@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit.kernels import _tuning
+from fastvit.kernels import _tuning, layer_norm_backward
+from fastvit.kernels._launch import record
 
 import fastvit
 from fastvit import functional, reference
@@ -178,6 +179,13 @@ def test_backward_programs_of_several_rounds(backend, device, channels):
     with _tuning.override("layer_norm_backward", {"BLOCK_ROWS": 4, "PROGRAMS": 2, "PART": 16, "num_warps": 4}):
         _check(_arguments((23, channels), torch.float32, device))
         _check_add(_add_arguments((21, channels), torch.float32, device))
+
+
+@pytest.mark.parametrize(("channels", "as_wide_as"), [(768, 768), (777, 1554), (200, 200)])
+def test_rows_that_16_does_not_divide_get_the_warps_of_wider_ones(channels, as_wide_as):
+    with record("sm_90"):
+        row = layer_norm_backward._backward_config(torch.empty(4, channels, device="meta"), False)
+    assert row == _tuning.config("layer_norm_backward", "sm_90", channels=as_wide_as, sums=2)
 
 
 @pytest.mark.parametrize("frozen", ["input", "weight", "bias"])
