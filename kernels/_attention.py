@@ -115,8 +115,9 @@ def softmax_step(
     factor,  # > 0: makes log2 units of them; not read under an additive mask
     lift,  # [BLOCK_M]: what every score of a row is short of, in units of the peak, or None
     peak,  # [BLOCK_M]: the running maximum, in log2 units, or natural under an additive mask
-    total,  # [BLOCK_M]: the running sum
+    total,  # [BLOCK_M]: the running sum, or [BLOCK_M, PARTS]: what adds up to it
     MASK: tl.constexpr,
+    PARTS: tl.constexpr = 0,
 ):
     """(weights, shrink, peak, total): e to the scores over the new peak; what was summed before is to be multiplied by shrink.
 
@@ -137,7 +138,12 @@ def softmax_step(
     else:
         weights = tl.exp2(scores * factor - shift[:, None])
     shrink = power(peak - base, MASK)
-    return weights, shrink, new_peak, total * shrink + tl.sum(weights, axis=1)
+    if PARTS > 0:
+        parts = tl.reshape(weights, (weights.shape[0], weights.shape[1] // PARTS, PARTS))
+        total = total * shrink[:, None] + tl.sum(parts, axis=1)
+    else:
+        total = total * shrink + tl.sum(weights, axis=1)
+    return weights, shrink, new_peak, total
 
 
 @triton.jit

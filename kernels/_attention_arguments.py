@@ -101,7 +101,7 @@ def row_for(
         element_size=q.element_size(),
         head_dim=max(q.shape[3], v.shape[3]),
         queries=q.shape[2],
-        bias=int(mask is not None or rel_w is not None),
+        bias={"none": 0, "bool": 1, "additive": 2}[mask_kind(mask)] if rel_w is None else 2,
     )
     if rel_w is None or not one_key_row_a_step:
         return row

@@ -19,13 +19,15 @@ from ._launch import launch
 from ._plans import planned
 from .attention_short import launch_attention_short, serves
 
+L2_BYTES = 2**24  # of keys and values that stay in the cache: a part of any that serves so many programs
+
 
 @triton.jit
 def _attend(
     acc,  # [BLOCK_M, VALUE_MAIN]
     acc_tail,  # [BLOCK_M, VALUE_TAIL or 16]
     peak,  # [BLOCK_M]: the running maximum
-    total,  # [BLOCK_M]: the running sum
+    total,  # [BLOCK_M]: the running sum, in PARTS where that is not 0
     q,  # [BLOCK_M, MAIN]
     q_tail,  # [BLOCK_M, TAIL] or q
     k_ptr,  # [keys, DIM] of this head
@@ -51,18 +53,25 @@ def _attend(
     VALUE_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NEGATIVE_SCALE: tl.constexpr,
+    PARTS: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     """One block of keys: the update of (acc, acc_tail, peak, total)."""
-    column = start + tl.arange(0, BLOCK_N).to(tl.int64)
+    # What a step adds to an address is one number, so that the offsets within a tile stay from step to step.
+    begin = tl.cast(start, tl.int64)
+    column = tl.arange(0, BLOCK_N).to(tl.int64)
+    k_ptr += begin * stride_k_row
+    v_ptr += begin * stride_v_row
+    if MASK != "none":
+        mask_ptr += begin * stride_mask_column
     exists = (tl.arange(0, BLOCK_N) < key_end - start)[None, :] if BOUNDED else None
     EXACT: tl.constexpr = q.dtype == tl.float32 and INPUT_PRECISION == "ieee"  # products that leave no registers for the mask
     if MASK != "none" and not EXACT:
         mask = load_mask(mask_ptr, column[None, :], exists, stride_mask_column, MASK)
-    k = load_tile(k_ptr, column, key_end, stride_k_row, 0, MAIN, DIM, BOUNDED)
+    k = load_tile(k_ptr, column, key_end - start, stride_k_row, 0, MAIN, DIM, BOUNDED)
     products = tl.dot(q, tl.trans(k), input_precision=INPUT_PRECISION)
     if TAIL > 0:
-        k_tail = load_tile(k_ptr, column, key_end, stride_k_row, MAIN, TAIL, DIM, BOUNDED)
+        k_tail = load_tile(k_ptr, column, key_end - start, stride_k_row, MAIN, TAIL, DIM, BOUNDED)
         products = tl.dot(q_tail, tl.trans(k_tail), products, input_precision=INPUT_PRECISION)
     if NEGATIVE_SCALE:
         products = -products
@@ -80,12 +89,12 @@ def _attend(
         if CAUSAL:
             last = tl.minimum(row.to(tl.int32) - start, last)[:, None]
         products = tl.where(tl.arange(0, BLOCK_N)[None, :] <= last, products, float("-inf"))
-    weights, shrink, peak, total = softmax_step(products, factor, rel_h, peak, total, MASK)
-    v = load_tile(v_ptr, column, key_end, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
+    weights, shrink, peak, total = softmax_step(products, factor, rel_h, peak, total, MASK, PARTS)
+    v = load_tile(v_ptr, column, key_end - start, stride_v_row, 0, VALUE_MAIN, VALUE_DIM, BOUNDED)
     rounded = weights.to(v.dtype)
     acc = tl.dot(rounded, v, acc * shrink[:, None], input_precision=INPUT_PRECISION)
     if VALUE_TAIL > 0:
-        v_tail = load_tile(v_ptr, column, key_end, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
+        v_tail = load_tile(v_ptr, column, key_end - start, stride_v_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, BOUNDED)
         acc_tail = tl.dot(rounded, v_tail, acc_tail * shrink[:, None], input_precision=INPUT_PRECISION)
     return acc, acc_tail, peak, total
 
@@ -123,6 +132,7 @@ def _attention_forward(
     stride_out_head,
     stride_out_row,
     scale,
+    together,  # heads whose keys and values the L2 cache holds; read if CAUSAL
     MASK: tl.constexpr,
     MASK_ROWS: tl.constexpr,
     HAS_REL: tl.constexpr,
@@ -140,10 +150,15 @@ def _attention_forward(
     NEGATIVE_SCALE: tl.constexpr,
     SPLIT: tl.constexpr,  # by the second program index: out is [splits, B, H, N, Dv] and lse [splits, B, H, N], contiguous
     INPUT_PRECISION: tl.constexpr,
+    PARTS: tl.constexpr = 0,  # of the sum of a row's weights, which lanes need not add up at every step
 ):
     tiles = tl.cdiv(queries, BLOCK_M)
-    first = (tl.program_id(0) % tiles) * BLOCK_M
-    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    tile, batch_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
+    if CAUSAL:  # the most work first: the last queries of ``together`` heads, then those before them
+        group = tl.program_id(0) // (tiles * together) * together
+        place, size = tl.program_id(0) - group * tiles, tl.minimum(together, tl.num_programs(0) // tiles - group)
+        tile, batch_head = tiles - 1 - place // size, group + place % size
+    first, batch_head = tile * BLOCK_M, batch_head.to(tl.int64)
     batch, head = batch_head // heads, batch_head % heads
     if EIGHTS:
         stride_q_batch, stride_q_head, stride_q_row = eights(stride_q_batch), eights(stride_q_head), eights(stride_q_row)
@@ -165,7 +180,7 @@ def _attention_forward(
     acc = tl.zeros([BLOCK_M, VALUE_MAIN], dtype=tl.float32)
     acc_tail = tl.zeros([BLOCK_M, VALUE_TAIL if VALUE_TAIL > 0 else 16], dtype=tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    total = tl.zeros([BLOCK_M, PARTS] if PARTS > 0 else [BLOCK_M], dtype=tl.float32)
 
     # A positive factor commutes with the maximum; a tiny one in place of 0 keeps 0·(−inf) out.
     factor = tl.maximum(tl.abs(scale), 1e-37)
@@ -214,6 +229,7 @@ def _attention_forward(
                     VALUE_TAIL,
                     BLOCK_N,
                     NEGATIVE_SCALE,
+                    PARTS,
                     INPUT_PRECISION,
                 )
     else:
@@ -262,6 +278,7 @@ def _attention_forward(
                     VALUE_TAIL,
                     BLOCK_N,
                     NEGATIVE_SCALE,
+                    PARTS,
                     INPUT_PRECISION,
                 )
 
@@ -269,18 +286,24 @@ def _attention_forward(
         rows = (tl.num_programs(0) // tiles).to(tl.int64) * queries
         out_ptr += tl.program_id(1) * rows * VALUE_DIM
         lse_ptr += tl.program_id(1) * rows
+    if PARTS > 0:
+        total = tl.sum(total, axis=1)
     empty = total == 0.0
     inverse = 1.0 / tl.where(empty, 1.0, total)
     log_total = tl.log2(tl.where(empty, 1.0, total))
     if MASK == "additive":
         log_total *= 0.6931471805599453
     lse = tl.where(empty, float("inf"), peak + log_total)
+    # From the tile's first query on: 64-bit rows kept since the beginning would be spilled.
+    lane = tl.arange(0, BLOCK_M)
+    left = queries - first
     if lse_ptr is not None:
-        tl.store(lse_ptr + batch_head * queries + row, lse, mask=row < queries)
-    out_ptr += batch * stride_out_batch + head * stride_out_head
-    store_tile(out_ptr, acc * inverse[:, None], row, queries, stride_out_row, 0, VALUE_MAIN, VALUE_DIM)
+        tl.store(lse_ptr + batch_head * queries + first + lane, lse, mask=lane < left)
+    out_ptr += batch * stride_out_batch + head * stride_out_head + first.to(tl.int64) * stride_out_row
+    lane = lane.to(tl.int64)
+    store_tile(out_ptr, acc * inverse[:, None], lane, left, stride_out_row, 0, VALUE_MAIN, VALUE_DIM)
     if VALUE_TAIL > 0:
-        store_tile(out_ptr, acc_tail * inverse[:, None], row, queries, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
+        store_tile(out_ptr, acc_tail * inverse[:, None], lane, left, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
 @planned
@@ -314,6 +337,7 @@ def launch_attention_forward(
         stride_out_batch=out.stride(0),
         stride_out_head=out.stride(1),
         stride_out_row=out.stride(2),
+        together=max(1, L2_BYTES // (k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size())) if is_causal else 1,
         CAUSAL=is_causal,
         SPLIT=False,
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,

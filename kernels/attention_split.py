@@ -104,6 +104,7 @@ def launch_attention_split(
         stride_out_batch=partial.stride(1),
         stride_out_head=partial.stride(2),
         stride_out_row=partial.stride(3),
+        together=1,
         CAUSAL=False,
         SPLIT=True,
         EVEN_COLUMNS=False,
