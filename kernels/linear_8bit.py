@@ -8,8 +8,8 @@ columns of a row; b_scale [N]; bias [N]; residual and out [M, N], last stride 1;
 given: what it was for A one layer further. Scales are float32. A LayerScale γ is γ · b_scale and γ · bias.
 
 Tensor cores sum e4m3 products with 13 bits of fraction on sm_90 and sm_89, on sm_100 and sm_120 with float32's (Xie et al.
-2025). PROMOTE adds every BLOCK_K products to a float32 sum outside of them; a block's scale needs that addition anyway. What it
-saves is 1 to 5 % of what rounding to e4m3 costs (docs/fp8.md), so no committed row asks for it.
+2025). PROMOTE adds every BLOCK_K products to a float32 sum outside of them; a block's scale needs that addition anyway. It takes
+twice the registers, so rows ask for it where K is beyond 2048; up to there sums cost far less than rounding (docs/fp8.md).
 int8 products are summed in int32, exactly up to K = 133 144, and never promoted.
 An epilogue sees 128 columns of a row, not the row: hence scales a block, or one known beforehand, which e4m3 bears.
 Reference: ``fastvit.reference_quantized.linear``.
@@ -26,6 +26,12 @@ from ._tuning import config
 from .quantize import to_8_bits
 
 OPS = {torch.float8_e4m3fn: "linear_fp8", torch.int8: "linear_int8"}
+
+
+@triton.jit
+def _of_columns(ptr, n, N, WIDE: tl.constexpr):
+    """What lies at columns n. Wide loads are fewer instructions, narrow ones fewer registers."""
+    return tl.load(ptr + n, mask=n < N, other=0.0) if WIDE else tl.load(ptr + tl.minimum(n, N - 1))
 
 
 @triton.jit
@@ -61,9 +67,9 @@ def _finish(
     else:
         n = first_n + tl.arange(0, columns)
         inside = (m < M)[:, None] & (n < N)[None, :]
-        acc *= tl.load(b_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+        acc *= _of_columns(b_scale_ptr, n, N, OUT_SCALE != "block")[None, :]
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+            acc += _of_columns(bias_ptr, n, N, OUT_SCALE != "block").to(tl.float32)[None, :]
         acc = activate(acc, ACTIVATION, False)
         if residual_ptr is not None:
             acc += tl.load(residual_ptr + m[:, None] * stride_residual_m + n[None, :], mask=inside, other=0.0).to(tl.float32)
@@ -105,7 +111,7 @@ def _linear_8bit(
     GROUP_M: tl.constexpr,
     HALVINGS: tl.constexpr,
 ):
-    tl.static_assert(128 % BLOCK_K == 0, "a step over K stays within a scale")
+    tl.static_assert(SCALES != "block" or 128 % BLOCK_K == 0, "a step over K stays within a scale")
     program = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -178,7 +184,7 @@ def launch_linear_8bit(
     (m, k), n = a.shape, b.shape[0]
     op = OPS[a.dtype] if out_scale is None else f"{OPS[a.dtype]}_quantized"
     blocks, out_blocks = a_scale.dim() == 2, out_scale is not None and out_scale.dim() == 2
-    row = config(op, target_of(a), rows=m, blocks=int(blocks))
+    row = config(op, target_of(a), rows=m, width=k, blocks=int(blocks))
     launch(
         op,
         _linear_8bit,

@@ -7,8 +7,9 @@ import pytest
 import torch
 from fastvit.kernels import _launch, _tuning
 
+import fastvit
 from fastvit import reference, reference_quantized
-from fastvit.ops import quantized
+from fastvit.ops import dispatch, quantized
 from fastvit.ops.quantized import E4M3, INT8
 from tests.errors import compare
 from tests.layouts import embedded
@@ -279,6 +280,32 @@ def test_promotion_changes_the_order_of_a_sum_alone(device):
     plain = quantized.linear(x, weight, torch.float32)
     with _tuning.override("linear_fp8", row | {"PROMOTE": 1}):
         torch.testing.assert_close(quantized.linear(x, weight, torch.float32), plain, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(("adds", "scale"), [(False, "row"), (True, "row"), (True, "all")])
+def test_pytorchs_own_product_on_request(device, adds, scale):
+    """Where a rule says so, of what it computes; anything else stays with the kernel, as all does without such a rule."""
+    x, weight, exact = _operands((2, 5, 48), 32, device, E4M3)
+    if scale == "all":
+        exact = (exact - weight.bias) / x.scale.view(2, 5, 1) * 0.25 + weight.bias
+        x = x._replace(scale=torch.full((1,), 0.25, device=device))
+    residual = torch.randn(2, 5, 32, device=device).bfloat16() if adds else None
+    exact = exact if residual is None else exact + residual
+    with fastvit.use_backend("auto"), dispatch.taken() as taken:
+        ours = quantized.linear(x, weight, torch.bfloat16, residual=residual)
+        with _tuning.override("dispatch linear_8bit", {"serve": "vendor"}):
+            theirs = quantized.linear(x, weight, torch.bfloat16, residual=residual)
+            quantized.linear(x, weight, torch.bfloat16, "relu")
+            quantized.linear(x, weight, torch.float32)
+    with fastvit.use_backend("triton"), _tuning.override("dispatch linear_8bit", {"serve": "vendor"}):
+        assert torch.equal(quantized.linear(x, weight, torch.bfloat16, residual=residual), ours)
+    assert [(op, way) for op, _, way in taken] == [("linear_8bit", "kernel"), ("linear_8bit", "vendor")]
+    assert taken[0][1] == {"adds": "residual" if adds else "nothing", "rows": 10, "width": 48, "outputs": 32}
+    for out in (ours, theirs):
+        assert out.shape == (2, 5, 32)
+        comparison = compare("out", out, exact.bfloat16(), exact, magnitude=48**0.5)
+        assert comparison.ours <= (1 if out is ours else 2) * comparison.allowed, "rounded once, or before the sum too"
+    assert not torch.equal(ours, theirs) or not adds, "PyTorch's product was not taken"
 
 
 def test_a_hidden_layer_from_one_product_into_the_next(device, form):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import backend, reference_quantized
 from ..reference_quantized import E4M3, FORMATS, INT8
+from . import dispatch
 from ._common import as_rows, contiguous, define, kernels, wants_grad
 
 MIN_COMPUTE_CAPABILITY = {"fp8": (8, 9), "int8": (8, 0)}
@@ -231,7 +232,32 @@ def linear(
 ) -> Tensor:
     """residual + activation(input · Wᵀ + bias) in ``dtype``, (..., K) → (..., N). A folded LayerScale admits no activation."""
     _check(residual)
+    vendors = activation is None and dtype == torch.bfloat16 and _has_vendor(input, weight)
+    if vendors and dispatch.linear_8bit(input.values, weight.values.shape[0], residual is not None) == "vendor":
+        return _by_vendor(input, weight, residual)
     return _call_linear(*input, *weight, activation, residual, dtype)
+
+
+def _has_vendor(input: Quantized, weight: QuantizedWeight) -> bool:
+    """Whether PyTorch has a product of such operands: e4m3 with one scale a row, sizes in sixteens."""
+    outputs, width = weight.values.shape
+    return input.values.dtype == E4M3 and input.scale.dim() == 1 and not (outputs % 16 or width % 16) and input.values.numel() > 0
+
+
+def _by_vendor(input: Quantized, weight: QuantizedWeight, residual: Tensor | None) -> Tensor:
+    """``linear`` in bfloat16 by ``torch._scaled_mm`` (cuBLAS or CUTLASS), without promotion; the bias is rounded to bfloat16, and
+    so is the product before the residual is added."""
+    rows = input.values.reshape(-1, input.values.shape[-1])
+    out = torch._scaled_mm(
+        rows,
+        weight.values.t(),
+        scale_a=input.scale.expand(len(rows))[:, None].contiguous(),
+        scale_b=weight.scale[None, :],
+        bias=None if weight.bias is None else weight.bias.bfloat16(),
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    ).view(*input.values.shape[:-1], -1)
+    return out if residual is None else out.add_(residual)
 
 
 def linear_quantized(
