@@ -129,7 +129,7 @@ def run_benchmarks(job: suite.Run) -> int:
     if job.dry:
         print("a dry run on the CPU: these are no measurements, and nothing was written")
     elif path is not None and path.exists():
-        print("\n".join(line for line in goals.listed(result["rows"]) if not line.endswith("not measured")))
+        print("\n".join(line for line in goals.listed(result["rows"], result["gpu"]) if not line.endswith("not measured")))
         print(f"wrote {path}")
     return 1 if result.get("broken") or any(row.get("error") for row in result["rows"]) else 0
 

@@ -114,7 +114,7 @@ def goal_table(docs: bool) -> list[str]:
     found = [(path, result) for folder in folders if (pair := newest(folder)) for path, result in [pair]]
     lines: list[str] = []
     for path, result in found:
-        lines += [f"**{result['gpu']}**", "", *goals.table(result["rows"]), "", _caption(path, result, docs), ""]
+        lines += [f"**{result['gpu']}**", "", *goals.table(result["rows"], result["gpu"]), "", _caption(path, result, docs), ""]
     return lines or goals.table([])
 
 
@@ -157,7 +157,7 @@ def print_goals(path: Path) -> int:
     except (OSError, ValueError) as error:
         print(f"benchmarks.tables: {error}", file=sys.stderr)
         return 2
-    print("\n".join([*goals.listed(result["rows"]), show.machine(result)]))
+    print("\n".join([*goals.listed(result["rows"], result["gpu"]), show.machine(result)]))
     return 0
 
 

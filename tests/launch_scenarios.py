@@ -24,8 +24,8 @@ import fastvit
 from benchmarks.overhead import _vit, operators, pretend_tensors, trained
 from fastvit import functional as F
 from fastvit._torchvision import ensure_importable
+from fastvit.ops import _recipes, dispatch
 from fastvit.ops import block as one_block
-from fastvit.ops import dispatch
 
 warnings.simplefilter("ignore")
 launches: list[tuple] = []
@@ -391,6 +391,16 @@ def refused(call, words):
             return
         raise
     raise AssertionError(f"nothing was raised; expected: {words}")
+
+
+@scenario
+def compiled_graphs_repeat_operators_too():
+    """Which they call through the dispatcher."""
+    x, weight, bias = norm_inputs()
+    _recipes.forget()
+    repeated(lambda: torch.ops.fastvit.layer_norm_forward(x, weight, bias, 1e-6, "token"))
+    assert all(_recipes._recipes.values())
+    assert len(_recipes._recipes) == 1
 
 
 @scenario

@@ -120,6 +120,15 @@ def test_int8_is_shown_and_asked_nothing():
     assert "| INT8, cosine of the features | – | 0.9999, ViT-L/16 224, batch 64, int8 | information |" in goals.table(rows)
 
 
+@pytest.mark.parametrize(("gpu", "said"), [("NVIDIA H100 80GB HBM3", " (set for an H200)"), ("NVIDIA H200", ""), ("", "")])
+def test_absolute_goals_say_what_gpu_they_were_set_for(gpu, said):
+    rows = [row("model", "ViT-B/16 224, batch 256", ours_ms=17.0, images_s=15058.0, peers={"sdpa": 20.0})]
+    lines = goals.table(rows, gpu)
+    assert any(line.startswith(f"| ViT-B/16, batch 256{said} | ") for line in lines)
+    assert any(line.startswith("| fc1 + GELU | ") for line in lines)
+    assert any(line.startswith(f"ViT-B/16, batch 256{said}  ") for line in goals.listed(rows, gpu))
+
+
 def test_what_failed_is_missed():
     rows = [row("training", "ViT-B/16 224, batch 64", "step", error="WrongResult: x")]
     title = "training step, over torch.compile"

@@ -33,6 +33,7 @@ NAMES = [
     "checkpoints_recompute_from_recipes",
     "autocast_with_nothing_to_cast",
     "nothing_is_filled_with_zeros_for_backward",
+    "compiled_graphs_repeat_operators_too",
     "alignment_is_part_of_the_signature",
     "one_tensor_in_two_places",
     "parameters_given_other_memory",

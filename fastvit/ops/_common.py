@@ -47,7 +47,7 @@ def define(schema: str, implementation: Any, fake: Any, keys: tuple[str, ...] = 
     library.define(schema)
 
     def kernel(*args: Any) -> Any:
-        out = implementation(*args)
+        out = _recipes.beneath(implementation, args)
         if isinstance(out, Tensor):
             return out
         like = next(arg for arg in args if isinstance(arg, Tensor))

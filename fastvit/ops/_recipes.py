@@ -277,6 +277,14 @@ def call(implementation: Callable[..., Any], operator: Callable[..., Any], args:
     return follow(seen, find(seen.key), implementation, args)
 
 
+def beneath(implementation: Callable[..., Any], args: tuple) -> Any:
+    """``implementation(*args)`` where the dispatcher calls it, as it does for a compiled graph."""
+    seen = signature_of(implementation, args) if args[0].is_cuda and undisturbed() else None
+    if seen is None or seen.training:
+        return implementation(*args)
+    return follow(seen, find(seen.key), implementation, args)
+
+
 def follow(seen: Signature, recipe: Any, implementation: Callable[..., Any], args: Sequence[Any]) -> Any:
     """``implementation(*args)`` of a signature, ``recipe`` being what ``find`` says of it."""
     if recipe:
