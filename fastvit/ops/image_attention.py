@@ -16,6 +16,7 @@ from ._common import (
     define,
     direct,
     distinct,
+    fill,
     kernels,
     run_backward,
     scratch,
@@ -104,13 +105,18 @@ def image_attention_backward(
             dtable_w = _table_gradient(torch.einsum("bnyxk,byxnd->xkd", drel_w, query), size[1])
     sums = None
     if wants_pad:
-        sums = qkv.new_empty(
-            kernels.image_attention_backward_key.pad_parts(qkv, num_heads, size), 2 * channels // 3, dtype=torch.float32
-        )
+        count = kernels.image_attention_backward_key.pad_parts(qkv, num_heads, size)
+        sums = scratch(qkv.new_empty(count, 2 * channels // 3, dtype=torch.float32))
     kernels.image_attention_backward_key.launch_image_attention_backward_key(*inputs, *saved, sums)
     if sums is not None:
-        dpad = torch.cat([sums.new_zeros(channels // 3), sums.sum(0)]).to(qkv.dtype)
+        dpad = qkv.new_empty(channels)
+        fill(dpad[: channels // 3], _zero)  # a padded query is nobody's
+        kernels.reduce.launch_column_sums(sums, dpad[channels // 3 :])
     return dqkv, dtable_h, dtable_w, dpad
+
+
+def _zero(*, out: Tensor) -> None:
+    out.zero_()
 
 
 def _table_gradient(lines: Tensor, size: int) -> Tensor:
