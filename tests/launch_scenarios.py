@@ -24,7 +24,7 @@ import fastvit
 from benchmarks.overhead import _vit, operators, pretend_tensors, trained
 from fastvit import functional as F
 from fastvit._torchvision import ensure_importable
-from fastvit.ops import _recipes, dispatch
+from fastvit.ops import _recipes, dispatch, quantized
 from fastvit.ops import block as one_block
 
 warnings.simplefilter("ignore")
@@ -183,6 +183,23 @@ def a_block_trains():
     assert block(x).grad_fn.name() == "BlockBackward"
     with fastvit.use_backend("torch"):
         assert block(x).grad_fn.name() != "BlockBackward"
+
+
+@scenario
+def eight_bits():
+    x, branch, w, b = fresh(2, 4, 256), fresh(2, 4, 256), fresh(256), fresh(256)
+    weight = quantized.quantize_weight(fresh(256, 256), quantized.E4M3, b)
+    rounded = quantized.quantize(x, quantized.E4M3)
+    for call in (
+        lambda: quantized.quantize(x, quantized.E4M3),
+        lambda: quantized.linear(rounded, weight, torch.float16, residual=branch),
+        lambda: quantized.linear_quantized(rounded, weight, "gelu"),
+    ):
+        repeated(call)
+    made(lambda: quantized.add_layer_norm(x, branch, w, b, 1e-6, quantized.E4M3))
+    (normalized, total), noted, ordinary = made(lambda: quantized.add_layer_norm(x, branch, w, b, 1e-6, quantized.E4M3))
+    assert ordinary == 0
+    assert {t.data_ptr() for t in (x, branch, w, b, *normalized, total)} <= set(noted[0][4])
 
 
 @scenario

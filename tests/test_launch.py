@@ -21,6 +21,7 @@ NAMES = [
     *(f"trains {name}" for name in ("image_attention, windows", "glu", "qk_norm_rope")),
     "a_block_trains",
     "blocks_infer",
+    "eight_bits",
     "a_blocks_parameters_frozen_and_thawed",
     "a_block_lets_go_of_what_it_saved",
     "backward_is_given_what_forward_saved",

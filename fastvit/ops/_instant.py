@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from ..backend import get_backend
 from . import _common, _recipes, dispatch
+from ._observed import recipe_of
 from ._state import kernels, nothing_between
 
 by_vendor: dict[tuple[Callable[..., Any], str], Callable[..., Any]] = {}  # (operator, way) → what it comes to, checks left out
@@ -53,7 +54,7 @@ def run(function: Callable[..., Any], *args: Any) -> Any:
 
 def _inferred(made: list, tensors: list[Tensor], out: Any) -> Entry | None:
     single = isinstance(out, Tensor)
-    recipe = _recipes.recipe_of(made, tensors, (out,) if single else out)
+    recipe = recipe_of(made, tensors, (out,) if single else out)
     if recipe is None:
         return None
 
@@ -73,7 +74,7 @@ def _trained(made: list, tensors: list[Tensor], applied: list[tuple], out: Any) 
     count = 1 if single else len(out)
     if any(a is not b for a, b in zip((out,) if single else out, outputs, strict=False)):
         return None
-    recipe = _recipes.recipe_of(made, tensors, outputs)
+    recipe = recipe_of(made, tensors, outputs)
     template = _template(inputs, tensors)
     if recipe is None or template is None:
         return None
