@@ -93,6 +93,7 @@ def row_for(
     mask: torch.Tensor | None,
     rel_w: torch.Tensor | None,
     one_key_row_a_step: bool = True,
+    causal: bool = False,
 ) -> dict[str, int]:
     """The tuning-table row; its key block is no wider than a row of keys where one row of keys is a step."""
     row = config(
@@ -102,6 +103,7 @@ def row_for(
         head_dim=max(q.shape[3], v.shape[3]),
         queries=q.shape[2],
         bias={"none": 0, "bool": 1, "additive": 2}[mask_kind(mask)] if rel_w is None else 2,
+        causal=int(causal),
     )
     if rel_w is None or not one_key_row_a_step:
         return row

@@ -298,7 +298,7 @@ def launch_attention_backward_query(
     drel_w: torch.Tensor | None,
 ) -> None:
     """Fills delta, dq, drel_h [B, H, N, Kh, ``rel_blocks``] float32 and drel_w [B, H, N, Kw]."""
-    row = row_for("attention_backward_query", q, v, mask, rel_w)
+    row = row_for("attention_backward_query", q, v, mask, rel_w, causal=is_causal)
     strides = {
         f"stride_{name}_{axis}": tensor.stride(dim)
         for name, tensor in (("out", out), ("dout", dout), ("dq", dq))

@@ -15,12 +15,6 @@ from .compilation import TARGETS, Job, Report, compile_job, jobs
 MAX_STACK = 32  # bytes a thread: what the compiler sets aside for calls, as against spilled tiles
 
 
-# Whose products for sm_90 ptxas serializes (``machine_code.serialized``), by kernel and what asks for it first: the reason.
-SERIALIZED = {
-    "_attention_backward_query attention bf16 D=64 causal": "at 128 registers, where two programs share a multiprocessor",
-}
-
-
 def problems(report: Report, shared_limit: int, rows: list[dict[str, Any]]) -> list[str]:
     """What must not be, in words: too much stack or shared memory, no tensor cores, products in turn, narrow loads, atomics.
 
@@ -40,7 +34,7 @@ def problems(report: Report, shared_limit: int, rows: list[dict[str, Any]]) -> l
         found.append(f"takes {report.shared} bytes of shared memory, more than its row's {stated}")
     if report.matrix and not exact and not report.tensor_core:
         found.append("uses no tensor cores")
-    if report.serialized and f"{report.kernel} {report.asked_by[0]}" not in SERIALIZED:
+    if report.serialized:
         found.append(f"waits for each of its {report.serialized} tensor-core instructions (ptxas: serialized)")
     if not exact and not report.counts.get("wide_loads"):
         found.append(f"has no 16-byte load among its {report.counts.get('loads', 0)}")

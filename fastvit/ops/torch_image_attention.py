@@ -55,7 +55,8 @@ def image_attention(
 ) -> Tensor:
     """qkv (B, Hi, Wi, 3·C) → (B, Hi, Wi, C); ``window`` (h, w) tokens, tables (2h − 1, D) and (2w − 1, D)."""
     tensors = qkv, rel_pos_h, rel_pos_w, pad_qkv
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    # The flag behind is_exporting(), which PyTorch 2.11 takes for true in whatever torch.compile traces.
+    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
         return _by_blocks(*tensors, num_heads, window, scale)
     if wants_grad(*tensors):
         return apply(_Compiled, *distinct(*tensors), num_heads, list(window), scale)
