@@ -306,6 +306,19 @@ def _attention_forward(
         store_tile(out_ptr, acc_tail * inverse[:, None], lane, left, stride_out_row, VALUE_MAIN, VALUE_TAIL, VALUE_DIM)
 
 
+def fitted(row: dict[str, int], heads: int, queries: int) -> dict[str, int]:
+    """``row``, with half the queries and warps a program where the busiest of its MULTIPROCESSORS then has a fifth fewer queries:
+    176 programs of 128 on 132 of them are two on some, 352 of 64 at most three."""
+
+    def busiest(block: int) -> int:
+        return triton.cdiv(heads * triton.cdiv(queries, block), row["MULTIPROCESSORS"]) * block
+
+    whole, half = row["BLOCK_M"], row["BLOCK_M"] // 2
+    if row.get("MULTIPROCESSORS") and row["num_warps"] == 8 and busiest(half) <= 0.8 * busiest(whole):
+        return row | {"BLOCK_M": half, "num_warps": 4}
+    return row
+
+
 @planned
 def launch_attention_forward(
     q: torch.Tensor,
@@ -324,6 +337,7 @@ def launch_attention_forward(
     if not is_causal and rel_h is None and k.shape[2] <= row.get("SHORT_KEYS", 0) and serves(q, v, mask):
         launch_attention_short(q, k, v, scale, out, lse)
         return
+    row = fitted(row, q.shape[0] * q.shape[1], q.shape[2])
     launch(
         "attention_forward",
         _attention_forward,

@@ -7,7 +7,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fastvit.kernels import attention_forward
 from fastvit.kernels._attention_backward import load_statistics
+from fastvit.kernels._launch import record
 
 import fastvit
 from fastvit import functional, reference
@@ -442,3 +444,17 @@ def test_the_backends_agree(device):
             results.append(run(functional.attention, arguments))
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "tokens", "block"),
+    [(1, 16, 1370, 64), (1, 12, 577, 64), (1, 12, 1370, 128), (1, 12, 4096, 128), (64, 12, 577, 128), (2, 16, 1370, 128)],
+)
+def test_tiles_are_smaller_where_multiprocessors_would_have_one_more_than_others(batch, heads, tokens, block):
+    """Recorded, nothing computed: 132 multiprocessors, and whole numbers of programs on each."""
+    q, out = (torch.empty(batch, heads, tokens, 64, dtype=torch.bfloat16, device="meta") for _ in range(2))
+    with record("sm_90") as launches:
+        attention_forward.launch_attention_forward(q, q, q, None, None, None, False, 0.125, out, None)
+    (launch,) = launches
+    assert launch.arguments["BLOCK_M"] == block == 16 * launch.options["num_warps"]
+    assert launch.grid == (batch * heads * triton.cdiv(tokens, block),)
