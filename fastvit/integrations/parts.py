@@ -16,6 +16,7 @@ from torch import nn
 from .. import nn as own_modules
 from .._checks import MAX_HEAD_DIM
 from ..nn import GLOBAL_HOOKS
+from ..ops._state import exporting
 from . import decoder, grid, layouts, multihead, two_way
 from .dispatched import has_forward_of_its_own, only_aligned_with
 from .multihead import PLAIN_TENSORS
@@ -520,7 +521,7 @@ def hooked(module: nn.Module, kinds: tuple[tuple[str, type], ...], known: Known 
         if found._forward_hooks and not _only_idle_captures(found):
             return f"{path} has forward hooks"
         weight = found._parameters.get("weight") if kind is nn.Linear else None
-        if weight is not None and type(weight) not in PLAIN_TENSORS and not torch.compiler.is_exporting():
+        if weight is not None and type(weight) not in PLAIN_TENSORS and not exporting():
             return f"{path}.weight is now a {type(weight).__name__}, not a plain Parameter"
     return None
 

@@ -27,6 +27,12 @@ transforms, tracing, profiling = (
 )
 
 
+def exporting() -> bool:
+    """Whether ``torch.export`` is at work: by the flag behind ``torch.compiler.is_exporting()``, which PyTorch 2.11 takes for
+    true in whatever ``torch.compile`` traces."""
+    return torch.compiler._is_exporting_flag
+
+
 def untransformed() -> bool:
     """Whether no mode, transform or trace makes something else of what PyTorch's operators are given."""
     return not (dispatch_modes() or function_modes() or transforms() or tracing() is not None)

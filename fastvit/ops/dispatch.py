@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backend import get_backend
 from . import torch_backend
-from ._state import kernels, wants_grad
+from ._state import exporting, kernels, wants_grad
 
 FUSED_BY_VENDOR = ("relu", "gelu_tanh")  # activations that cuBLASLt's epilogue computes exactly
 LIBRARIES = {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}
@@ -175,7 +175,7 @@ def _choose(op: str, target: str, library: str, items: tuple) -> tuple[str, str]
 
 def _traced(op: str, like: Tensor, call: Call) -> str:
     """``_choose`` for a compiler, in its language. A graph to export holds for every size: it goes by the smallest."""
-    exporting = torch.compiler.is_exporting()
+    smallest = exporting()
     for when, serve in _rules(op, like.get_device()):
         holds = True
         for name, word, low, high in when:
@@ -185,7 +185,7 @@ def _traced(op: str, like: Tensor, call: Call) -> str:
             elif word is not None:
                 holds = holds and value == word
             else:
-                size = 1 if exporting else value
+                size = 1 if smallest else value
                 holds = holds and (low is None or size >= low) and (high is None or size <= high)
         if holds:
             return serve

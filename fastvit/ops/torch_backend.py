@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from . import onednn_attention
+from ._state import exporting
 
 # Query rows whose bias is held at one time; on 2 CPU cores 256 rows of a 64×64 grid measured fastest (64: +40 %).
 BIAS_ROWS = 256
@@ -78,7 +79,7 @@ def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
     ONEDNN_MIN_PRODUCTS on, always on AMD and in bfloat16 (PyTorch's own goes there too, but without the epilogue); on
     Intel, where MKL is as fast, float32 only for the activation.
     """
-    if torch.compiler.is_exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+    if exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
     if not _plain(tensors):
         return False
@@ -109,7 +110,7 @@ def _plain(tensors: Iterable[Tensor | None]) -> bool:
 
 def onednn_attends(tokens: int, *tensors: Tensor | None) -> bool:
     """Whether ``onednn_attention`` may and should serve these: float32 in inference, on AMD, over so many queries and keys."""
-    if torch.compiler.is_exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
+    if exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
         return False
     if tokens < onednn_attention.LEAST_TOKENS or any(t is not None and t.dtype != torch.float32 for t in tensors):
         return False

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import onednn_attention
 from ._common import Operator, apply, define, distinct, run_backward, wants_grad
+from ._state import exporting
 from .torch_backend import BIAS_ROWS, onednn_attends
 
 # Query rows at a time where oneDNN attends: it holds no bias, and copies a head's keys and values for each block.
@@ -55,8 +56,7 @@ def image_attention(
 ) -> Tensor:
     """qkv (B, Hi, Wi, 3·C) → (B, Hi, Wi, C); ``window`` (h, w) tokens, tables (2h − 1, D) and (2w − 1, D)."""
     tensors = qkv, rel_pos_h, rel_pos_w, pad_qkv
-    # The flag behind is_exporting(), which PyTorch 2.11 takes for true in whatever torch.compile traces.
-    if not torch.compiler.is_compiling() or torch.compiler._is_exporting_flag:
+    if not torch.compiler.is_compiling() or exporting():
         return _by_blocks(*tensors, num_heads, window, scale)
     if wants_grad(*tensors):
         return apply(_Compiled, *distinct(*tensors), num_heads, list(window), scale)
