@@ -143,7 +143,11 @@ def _dropping(parts: Parts, layout: Layout) -> str | None:
     mlp, residuals = layout.mlp, layout.residuals
     paths = [*layout.attention.drop, *(path for residual in residuals for path in (residual.drop, residual.drop_path))]
     paths += [] if mlp is None else [mlp.hidden_drop, *mlp.drop]
-    return next((path for path in paths if path and (drop := parts.part(path)) is not None and drop.training), None)
+    for path in paths:
+        drop = parts.part(path) if path else None
+        if drop is not None and drop.training:
+            return path
+    return None
 
 
 def compute(
