@@ -211,7 +211,7 @@ CASES: list[Problem] = [
         Linear8Bit(f"ViT-L/16 224 {name}, {kind}, batch {batch}", batch * 197, *sizes, kind, activation, activation is not None)
         for kind in ("fp8", "int8")
         for batch in (1, 16, 64)
-        for name, sizes, activation in (("fc1", (1024, 4096), "gelu"), ("fc2", (4096, 1024), None))
+        for name, sizes, activation in (("qkv", (1024, 3072), None), ("fc1", (1024, 4096), "gelu"), ("fc2", (4096, 1024), None))
     ),
     Quantize("ViT-L/16 224 norm", 64 * 197, 1024),
     Quantize("ViT-H/14 224 norm", 32 * 257, 1280),
