@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
@@ -143,6 +144,31 @@ def test_autograd_sees_one_function_like_any_other(device):
         parameters["mlp.fc1.weight"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+class Calls(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_checkpoint_may_be_computed_again_without_a_function_mode(device):
+    ours, original, x = made(timm_vit, device)
+    expected = gradients(original, x.requires_grad_())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with Calls():  # gone in backward
+            return checkpoint(ours, x, use_reentrant=False)
+
+    assert_equal_gradients(gradients(ours, x, forward=forward), expected)
+
+
+def test_a_layer_scale_may_be_a_buffer(device):
+    ours, original, x = made(timm_vit, device)
+    for block in (ours, original):
+        gamma = block.ls1.gamma.detach()
+        del block.ls1.gamma
+        block.ls1.register_buffer("gamma", gamma)
+    assert_equal_gradients(gradients(ours, x, ONE), gradients(original, x))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -456,7 +456,7 @@ def _scale_of(parts: Parts, path: str | None) -> Any:
     if layer_scale is None:
         return None if path is None or "." in path or parts.child(path) is not None else getattr(parts.block, path, None)
     for name in layouts.SCALE_PARAMETERS:
-        if name in layer_scale._parameters or name in layer_scale.__dict__:
+        if name in layer_scale._parameters or name in layer_scale._buffers or name in layer_scale.__dict__:
             return getattr(layer_scale, name)
     raise AttributeError(f"{type(layer_scale).__name__} has none of {', '.join(layouts.SCALE_PARAMETERS)}")
 

@@ -34,8 +34,9 @@ def exporting() -> bool:
 
 
 def untransformed() -> bool:
-    """Whether no mode, transform or trace makes something else of what PyTorch's operators are given."""
-    return not (dispatch_modes() or function_modes() or transforms() or tracing() is not None)
+    """Whether no mode, transform or trace makes something else of what PyTorch's operators are given. A mode for
+    its functions does not: kernels are none."""
+    return not (dispatch_modes() or transforms() or tracing() is not None)
 
 
 def nothing_between() -> bool:

@@ -5,7 +5,8 @@
 Saved is what the operators' own Functions save, and gradients come from their backward passes. Left out are a copy and a sum
 that autograd would make: the gradients of query, key and value are written side by side, as their projection's backward reads
 them, and the gradient that goes past a branch is added in the norm's kernel. Whether a call is served depends on nothing that
-may change before a checkpoint computes it again, a profiler for one. In inference a small block is one recipe, no more.
+may change before a checkpoint computes it again, a profiler or a function mode for one; a dispatch mode, which has to see
+operators, must be in force both times or neither. In inference a small block is one recipe, no more.
 Shapes: z (B, N, C); qkv is one projection (3·C, C) or three. All of one dtype and device; no mask, no dropout.
 """
 
@@ -179,8 +180,8 @@ def infer(tensors: list[Any], options: Options, normalized: Tensor | None, follo
 
 
 def _serves(tensors: list[Any], options: Options, *more: Tensor | None) -> bool:
-    """Whether tensors are PyTorch's own and of one dtype, there is something to compute, no mode or transform has a say, and no
-    rule gives attention or the MLP to the vendor."""
+    """Whether tensors are PyTorch's own and of one dtype, there is something to compute, no dispatch mode or transform has a say,
+    and no rule gives attention or the MLP to the vendor."""
     present = [t for t in (*tensors, *more) if t is not None]
     x, qkv, fc1_weight = tensors[0], tensors[FIXED::2], tensors[8]
     if not untransformed() or not plain(*present) or any(t.dtype != x.dtype or t.device != x.device for t in present):
