@@ -26,7 +26,8 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
-FIXED = ("TABLE", "PROMOTE")  # what a kernel computes with, not how: TABLE rows of positions fit, partial sums are promoted
+# What a kernel computes with, not how: TABLE rows of positions fit, partial sums are promoted, the GPU has so many processors.
+FIXED = ("TABLE", "PROMOTE", "MULTIPROCESSORS")
 
 # Configs that are worth a look wherever the committed one lies.
 KNOWN: dict[str, tuple[dict[str, int], ...]] = {

@@ -107,4 +107,6 @@ def row_for(
     )
     if rel_w is None or not one_key_row_a_step:
         return row
-    return row | {"BLOCK_N": min(row["BLOCK_N"], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))}
+    block = min(row["BLOCK_N"], max(MIN_DOT, triton.next_power_of_2(rel_w.shape[3])))
+    parts = {"PARTS": min(row["PARTS"], block)} if "PARTS" in row else {}
+    return row | parts | {"BLOCK_N": block}

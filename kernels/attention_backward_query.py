@@ -274,9 +274,10 @@ def _attention_backward_query(
         store_tile(dq_ptr, dq_tail * scale, row, queries, stride_dq_row, MAIN, TAIL, DIM)
 
 
-def rel_blocks(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_w: torch.Tensor) -> int:
+def rel_blocks(q: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, rel_w: torch.Tensor, is_causal: bool) -> int:
     """In how many blocks a row of keys is walked: the last dimension of drel_h."""
-    return triton.cdiv(rel_w.shape[3], row_for("attention_backward_query", q, v, mask, rel_w)["BLOCK_N"])
+    row = row_for("attention_backward_query", q, v, mask, rel_w, causal=is_causal)
+    return triton.cdiv(rel_w.shape[3], row["BLOCK_N"])
 
 
 @planned

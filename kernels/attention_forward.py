@@ -338,10 +338,12 @@ def launch_attention_forward(
         launch_attention_short(q, k, v, scale, out, lse)
         return
     row = fitted(row, q.shape[0] * q.shape[1], q.shape[2])
+    tiles = triton.cdiv(q.shape[2], row["BLOCK_M"])
+    together = max(1, L2_BYTES // (k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size())) if is_causal else 1
     launch(
         "attention_forward",
         _attention_forward,
-        (q.shape[0] * q.shape[1] * triton.cdiv(q.shape[2], row["BLOCK_M"]),),
+        (q.shape[0] * q.shape[1] * tiles,),
         q,
         row,
         rel_h_ptr=rel_h,
@@ -351,7 +353,7 @@ def launch_attention_forward(
         stride_out_batch=out.stride(0),
         stride_out_head=out.stride(1),
         stride_out_row=out.stride(2),
-        together=max(1, L2_BYTES // (k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size())) if is_causal else 1,
+        together=min(together, 2**30 // max(1, tiles)),  # the kernel multiplies the two in 32 bits
         CAUSAL=is_causal,
         SPLIT=False,
         EVEN_COLUMNS=rel_w is not None and rel_w.shape[3] % row["BLOCK_N"] == 0,

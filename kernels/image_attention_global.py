@@ -92,6 +92,8 @@ def _image_attention_global(
     place = tl.arange(0, BLOCK_N)
     rel_w = tl.load(rel_w_ptr + row[:, None] * BLOCK_N + place[None, :])
     DTYPE: tl.constexpr = rel_w.dtype
+    if tl.float16 == DTYPE:  # which −inf times the zeros beside the diagonal would make NaN of a whole row
+        rel_w = tl.maximum(rel_w, tl.full([], -65504.0, DTYPE), propagate_nan=tl.PropagateNan.ALL)
     rel_w = tl.dot(rel_w, (place[:, None] == place[None, :]).to(DTYPE), input_precision=INPUT_PRECISION)
     pairs = _pack(rel_w * unscale if EXACT_UNITS else rel_w, DTYPE)
 

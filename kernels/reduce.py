@@ -82,6 +82,8 @@ def launch_column_sums(*tensors: torch.Tensor) -> None:
     """Fills the second half of ``tensors`` from the first half: out [strips, channels], or [channels] for one strip, contiguous,
     from x [rows, channels], whose last stride is 1. At most MATRICES of either, all with as many strips."""
     count = len(tensors) // 2
+    if count > MATRICES:
+        raise ValueError(f"{count} matrices to be summed up in one launch; expected at most {MATRICES}")
     row = config("column_sum", target_of(tensors[0]), rows=max(x.shape[0] for x in tensors[:count]))
     arguments: dict[str, torch.Tensor | int | None] = {}
     for number in range(MATRICES):

@@ -3,11 +3,13 @@
 Shapes are small because the interpreter is slow, and chosen where kernels break: one row, a tile exactly full, one row more.
 """
 
+import copy
+
 import pytest
 import torch
 import triton
 import triton.language as tl
-from fastvit.kernels import attention_forward
+from fastvit.kernels import _tuning, attention_forward
 from fastvit.kernels._attention_backward import load_statistics
 from fastvit.kernels._launch import record
 
@@ -251,6 +253,14 @@ def test_causal(backend, device, dtype, n, m):
     _check(_arguments(device, dtype, heads=2, n=n, m=m), is_causal=True)
 
 
+def test_few_keys_of_many_causal_queries_overflow_no_program(triton_backend):
+    """Tiles times the heads taken together, a product of 32 bits in the kernel."""
+    q, k = (torch.empty(1, 1, tokens, 1, dtype=torch.bfloat16, device="meta") for tokens in (2**20, 1))
+    with record("sm_90") as launches:
+        attention_forward.launch_attention_forward(q, k, k, None, None, None, True, 1.0, q, None)
+    assert launches[0].grid[0] * launches[0].arguments["together"] < 2**31
+
+
 @in_the_interpreter
 def test_causal_takes_heads_together_in_any_number(triton_backend, device, monkeypatch):
     """The order of programs, of which the last may be of fewer heads, changes no result."""
@@ -319,6 +329,23 @@ def test_rel_with_a_mask(backend, device, kind, is_causal):
 
 def test_rel_with_grouped_queries(backend, device):
     _check(_arguments(device, batch=2, heads=4, key_heads=2, n=15, rel=(3, 5)))
+
+
+@in_the_interpreter
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+def test_rel_with_rows_of_a_users_table(triton_backend, device, monkeypatch, is_causal):
+    """More parts of a sum than a row has keys, and key blocks of another size where attention is causal."""
+    table = copy.deepcopy(_tuning.table("interpreter"))
+    config = {"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    table["ops"]["attention_forward"] = [{"when": {}, "config": config | {"PARTS": 32}}]
+    rows = [{"when": {"causal": 0}, "config": config}, {"when": {}, "config": config | {"BLOCK_N": 16}}]
+    table["ops"]["attention_backward_query"] = rows
+    monkeypatch.setattr(_tuning, "table", lambda target: table)
+    _tuning.config.cache_clear()
+    try:
+        _check(_arguments(device, n=36, rel=(2, 18)), is_causal=is_causal)
+    finally:
+        _tuning.config.cache_clear()
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------------

@@ -205,6 +205,15 @@ def test_an_image_by_rows_gives_what_one_by_tiles_gives(by_rows, device, save, m
     assert not save or torch.allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-5)
 
 
+def test_an_image_by_rows_with_a_position_beyond_float16(by_rows, device):
+    """A key at −inf has no weight, and the other keys have theirs."""
+    arguments = _arguments(device, torch.float16, grid=(2, 16))
+    arguments["qkv"][0, 0, 5, :16] = 200.0
+    arguments["rel_pos_w"][12] = -30.0  # of keys three places to the right
+    _check(arguments, scale=0.01)
+    assert by_rows[0] == "image_attention_global"
+
+
 @pytest.mark.parametrize("option", ["no tables", "float32", "a negative scale", "a padded head dim", "other rows", "a window"])
 def test_what_is_not_served_by_rows_goes_by_tiles(by_rows, device, option):
     dtype = torch.float32 if option == "float32" else torch.bfloat16

@@ -38,6 +38,11 @@ def test_what_is_beside_a_matrix_does_not_change_its_bits(device):
         assert torch.equal(alone[2], ours)
 
 
+def test_more_matrices_than_a_launch_takes_are_refused(device):
+    with pytest.raises(ValueError, match=r"5 matrices .* at most 4"):
+        sum_partials([torch.ones(2, 3, device=device)] * 5, [torch.ones(1)] * 5)
+
+
 def test_no_rows_sum_to_zero(device):
     empty, full = torch.empty(0, 7, device=device), torch.ones(3, 2, device=device)
     ours = sum_partials([empty, full], [empty.bfloat16(), full])

@@ -112,6 +112,13 @@ def test_a_table_of_the_users_comes_first(fresh, monkeypatch, tmp_path):
     assert _tuning.table("sm_80") == _tuning.committed("sm_80")
 
 
+def test_a_users_table_may_be_older_than_a_knob(fresh, monkeypatch, tmp_path):
+    older = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 4, "num_stages": 3}
+    _write(tmp_path, "sm_90", {"linear_fp8_quantized": [{"when": {}, "config": older}]})
+    monkeypatch.setenv("FASTVIT_TABLES", str(tmp_path))
+    assert _tuning.config("linear_fp8_quantized", "sm_90", rows=64, width=64, blocks=0) == older
+
+
 def test_the_doctor_names_whose_rows_are_in_force(fresh, monkeypatch, tmp_path):
     from fastvit.cli import doctor
 

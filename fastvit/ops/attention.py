@@ -97,7 +97,7 @@ def attention_backward(
     if rel_h is None or rel_w is None:
         kernels.attention_backward_query.launch_attention_backward_query(*inputs, out, dout, lse, delta, dq, None, None)
     else:
-        blocks = kernels.attention_backward_query.rel_blocks(q, v, attn_mask, rel_w)
+        blocks = kernels.attention_backward_query.rel_blocks(q, v, attn_mask, rel_w, is_causal)
         rows = rel_h.new_empty(*rel_h.shape, blocks, dtype=torch.float32)
         drel_w = rel_w.new_empty(rel_w.shape)
         kernels.attention_backward_query.launch_attention_backward_query(*inputs, out, dout, lse, delta, dq, rows, drel_w)
