@@ -84,7 +84,10 @@ SET_FOR = "H200"  # images a second and milliseconds; an H100's memory is slower
 
 @dataclass(frozen=True)
 class Goal:
-    """``cases``: globs of names; ``least`` or ``most``, neither for information, with the unit in ``unit``, empty for a ratio."""
+    """``cases``: globs of names; ``least`` or ``most``, neither for information, with the unit in ``unit``, empty for a ratio.
+
+    ``predicted``: what docs/performance.md and docs/fp8.md count to, before anything was measured.
+    """
 
     title: str
     op: str
@@ -94,6 +97,7 @@ class Goal:
     least: float | None = None
     most: float | None = None
     unit: str = ""
+    predicted: str = ""
 
     def wanted(self) -> str:
         if self.least is None and self.most is None:
@@ -118,47 +122,121 @@ MANY_ROWS = ("ViT-B/16 224, batch 256",)
 MANY_ROWS_ADDED = ("ViT-L/16 224 add, batch 256",)
 
 GOALS = [
-    Goal("attention, d = 64, N = 197 to 1370", "attention", "forward", LENGTHS_64, ratio, 1.15),
-    Goal("attention, d = 64, N = 4096, the kernel", "attention", "forward", ("SAM-B global, no bias",), kernel_over_all, 0.95),
-    Goal("attention, d = 64, N = 4096, dispatched", "attention", "forward", ("SAM-B global, no bias",), ratio, 1.0),
-    Goal("attention, d = 80, N = 1024 and 4096", "attention", "forward", LENGTHS_80, ratio, 1.1),
-    Goal("attention, relative positions, 64×64", "attention", "forward", GLOBAL, ratio, 2.0),
-    Goal("image attention, global, 64×64", "image_attention", "forward", GLOBAL, ratio, 2.0),
+    Goal(
+        "attention, d = 64, N = 197 to 1370",
+        "attention",
+        "forward",
+        LENGTHS_64,
+        ratio,
+        1.15,
+        predicted="1.1–1.6 to 257, 0.8–1.05 beyond",
+    ),
+    Goal(
+        "attention, d = 64, N = 4096, the kernel",
+        "attention",
+        "forward",
+        ("SAM-B global, no bias",),
+        kernel_over_all,
+        0.95,
+        predicted="0.85–1.0",
+    ),
+    Goal(
+        "attention, d = 64, N = 4096, dispatched",
+        "attention",
+        "forward",
+        ("SAM-B global, no bias",),
+        ratio,
+        1.0,
+        predicted="0.95–1.0",
+    ),
+    Goal("attention, d = 80, N = 1024 and 4096", "attention", "forward", LENGTHS_80, ratio, 1.1, predicted="1.2–1.4"),
+    Goal("attention, relative positions, 64×64", "attention", "forward", GLOBAL, ratio, 2.0, predicted="1.3–1.8"),
+    Goal("image attention, global, 64×64", "image_attention", "forward", GLOBAL, ratio, 2.0, predicted="1.7–2.1"),
     *(
         Goal(
-            f"{op.replace('_', ' ')}, 64×64, over our time without positions",
+            f"{op.replace('_', ' ')}, {size} global, over our time without positions",
             op,
             "forward",
             (f"{size} global",),
             against_case("attention", f"{size} global, no bias"),
             most=1.25,
+            predicted=predicted,
         )
-        for op in ("attention", "image_attention")
+        for op, predicted in (("attention", "1.2–1.5"), ("image_attention", "1.15–1.3"))
         for size in ("SAM-B", "SAM-H")
     ),
-    Goal("attention, relative positions, 14×14", "attention", "forward", ("SAM-B window",), ratio, 2.5),
-    Goal("image attention, windows of 14×14", "image_attention", "forward", WINDOWS, ratio, 2.5),
-    Goal("attention backward, d = 64, N = 197 to 1370", "attention", "backward", LENGTHS_64, ratio, 1.1),
-    Goal("attention backward, relative positions", "attention", "backward", (*GLOBAL, "SAM-B window"), ratio, 2.0),
-    Goal("image attention backward", "image_attention", "backward", ("SAM-B *", "SAM-H *"), ratio, 2.0),
-    Goal("SAM's decoder, 7 × 4096", "attention", "forward", ("SAM mask decoder, *",), ratio, 1.5),
-    Goal("first call, empty caches", "*", "first_call", ("*",), field("ours_ms", 1e-3), most=3.0, unit="s"),
-    Goal("launch, on the CPU", "*", "launch", ("*",), field("ours_ms", 1e3), most=20.0, unit="µs"),
+    Goal("attention, relative positions, 14×14", "attention", "forward", ("SAM-B window",), ratio, 2.5, predicted="2–3"),
+    Goal("image attention, windows of 14×14", "image_attention", "forward", WINDOWS, ratio, 2.5, predicted="2–4"),
+    Goal(
+        "attention backward, d = 64, N = 197 to 1370",
+        "attention",
+        "backward",
+        LENGTHS_64,
+        ratio,
+        1.1,
+        predicted="1.5–2 to 257, 0.85–1.0 beyond",
+    ),
+    Goal(
+        "attention backward, relative positions",
+        "attention",
+        "backward",
+        (*GLOBAL, "SAM-B window"),
+        ratio,
+        2.0,
+        predicted="0.9–1.3, windows 1.5–2.5",
+    ),
+    Goal(
+        "image attention backward",
+        "image_attention",
+        "backward",
+        ("SAM-B *", "SAM-H *"),
+        ratio,
+        2.0,
+        predicted="0.9–1.3, windows 1.5–2.5",
+    ),
+    Goal("SAM's decoder, 7 × 4096", "attention", "forward", ("SAM mask decoder, *",), ratio, 1.5, predicted="2–4"),
+    Goal("first call, empty caches", "*", "first_call", ("*",), field("ours_ms", 1e-3), most=3.0, unit="s", predicted="1–3"),
+    Goal(
+        "launch, on the CPU",
+        "*",
+        "launch",
+        ("*",),
+        field("ours_ms", 1e3),
+        most=20.0,
+        unit="µs",
+        predicted="9–20, MLP in training 25",
+    ),
     *(
-        Goal(f"{name} {way}, {part}", op, way, cases, value, least)
+        Goal(f"{name} {way}, {part}", op, way, cases, value, least, predicted=predicted)
         for op, name, cases in (
             ("layer_norm", "LayerNorm", MANY_ROWS),
             ("add_layer_norm", "residual + LayerNorm", MANY_ROWS_ADDED),
         )
-        for way, share in (("forward", 0.9), ("backward", 0.8))
-        for part, value, least in (("of copy bandwidth", of_floor, share), ("over Inductor", over(*COMPILED), 1.0))
+        for way, share, counted in (("forward", 0.9, "0.9–0.97"), ("backward", 0.8, "0.81–0.93"))
+        for part, value, least, predicted in (
+            ("of copy bandwidth", of_floor, share, counted),
+            ("over Inductor", over(*COMPILED), 1.0, ""),
+        )
     ),
-    Goal("fc1 + GELU", "linear", "forward", ("ViT-?/* fc1", "SAM-H fc1"), ratio, 1.05),
-    Goal("linears, dispatched", "linear", "*", ("*",), ratio, 1.0),
-    Goal("ViT, batch 256, over max-autotune", "model", "forward", ("ViT-* batch 256",), over("compile_max_autotune"), 1.1),
+    Goal("fc1 + GELU", "linear", "forward", ("ViT-?/* fc1", "SAM-H fc1"), ratio, 1.05, predicted="1.1–1.3"),
+    Goal("linears, dispatched", "linear", "*", ("*",), ratio, 1.0, predicted="1.0"),
+    Goal(
+        "ViT, batch 256, over max-autotune",
+        "model",
+        "forward",
+        ("ViT-* batch 256",),
+        over("compile_max_autotune"),
+        1.1,
+        predicted="1.05–1.15",
+    ),
     *(
-        Goal(f"{name}, batch 256", "model", "forward", (f"{name} 224, batch 256",), field("images_s"), least, unit="images/s")
-        for name, least in (("ViT-B/16", 14500), ("ViT-L/16", 4400), ("ViT-H/14", 1600))
+        Goal(f"{name}, batch 256", "model", "forward", cases, field("images_s"), least, unit="images/s", predicted=predicted)
+        for name, least, predicted in (
+            ("ViT-B/16", 14500, "14.4–16.1 k"),
+            ("ViT-L/16", 4400, "4.3–4.8 k"),
+            ("ViT-H/14", 1600, "1.6–1.8 k"),
+        )
+        for cases in [(f"{name} 224, batch 256",)]
     ),
     Goal(
         "ViT, batch 1, over compile as CUDA graphs",
@@ -168,20 +246,46 @@ GOALS = [
         over("compile_graph", "compile_max_autotune"),
         1.2,
     ),
-    Goal("ViT, batch 1, over eager", "model", "forward", ("ViT-* batch 1",), over_as_called("eager", "sdpa"), 3.0),
-    *(
-        Goal(f"{name}, batch 1", "model", "forward", (f"{name} 224, batch 1",), field("ours_ms"), most=most, unit="ms")
-        for name, most in (("ViT-B/16", 0.3), ("ViT-L/16", 0.6), ("ViT-H/14", 1.0))
+    Goal(
+        "ViT, batch 1, over eager", "model", "forward", ("ViT-* batch 1",), over_as_called("eager", "sdpa"), 3.0, predicted="3–5"
     ),
     *(
         Goal(
-            f"{name} encoder, batch 8", "sam", "forward", (f"{name} encoder, batch 8",), field("images_s"), least, unit="images/s"
+            f"{name}, batch 1",
+            "model",
+            "forward",
+            (f"{name} 224, batch 1",),
+            field("ours_ms"),
+            most=most,
+            unit="ms",
+            predicted=counted,
         )
-        for name, least in (("SAM-B", 520), ("SAM-L", 185), ("SAM-H", 97))
+        for name, most, counted in (("ViT-B/16", 0.3, "0.3–0.4"), ("ViT-L/16", 0.6, ""), ("ViT-H/14", 1.0, ""))
     ),
-    Goal("FP8 over our bf16", "*", "forward", ("*, fp8",), field("vs_bf16"), 1.4),
-    Goal("FP8, cosine of the features", "*", "forward", ("*, fp8",), field("cosine"), 0.999),
-    Goal("training step, over torch.compile", "training", "step", ("*",), over(*COMPILED), 1.1),
+    *(
+        Goal(
+            f"{name} encoder, batch 8",
+            "sam",
+            "forward",
+            (f"{name} encoder, batch 8",),
+            field("images_s"),
+            least,
+            unit="images/s",
+            predicted=predicted,
+        )
+        for name, least, predicted in (("SAM-B", 520, "450–540"), ("SAM-L", 185, "165–195"), ("SAM-H", 97, "86–101"))
+    ),
+    Goal("FP8 over our bf16", "*", "forward", ("*, fp8",), field("vs_bf16"), 1.4, predicted="1.3–1.6, all in FP8"),
+    Goal(
+        "FP8, cosine of the features",
+        "*",
+        "forward",
+        ("*, fp8",),
+        field("cosine"),
+        0.999,
+        predicted="0.9986–0.9995, parts left out",
+    ),
+    Goal("training step, over torch.compile", "training", "step", ("*",), over(*COMPILED), 1.1, predicted="1.0–1.15"),
     *(
         Goal(f"{what}, compiled, over {name}", op, direction, cases, variant_over("accelerated_compile", other), least)
         for what, op, direction, cases in (
@@ -256,7 +360,7 @@ def listed(rows: list[Row], gpu: str = "") -> list[str]:
 
 def table(rows: list[Row], gpu: str = "") -> list[str]:
     """A line of Markdown a goal: the worst of its rows; ``gpu``: what was measured."""
-    lines = ["| goal | wanted | worst | |", "|---|---|---|---|"]
+    lines = ["| goal | wanted | predicted | worst | |", "|---|---|---|---|---|"]
     for goal in (*GOALS, *INFORMATION):
         found = list(findings(rows, [goal]))
         valued = [one for one in found if one.value is not None]
@@ -267,5 +371,5 @@ def table(rows: list[Row], gpu: str = "") -> list[str]:
         if missing and worst and not failed:
             says += f" ({missing} not measured)"
         shown = "–" if worst is None else f"{worst.value:.4g}, {worst.case}"
-        lines.append(f"| {goal.title_on(gpu)} | {goal.wanted()} | {shown} | {says} |")
+        lines.append(f"| {goal.title_on(gpu)} | {goal.wanted()} | {goal.predicted or '–'} | {shown} | {says} |")
     return lines
