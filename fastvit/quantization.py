@@ -273,7 +273,7 @@ def _rounded(
         if name in norms and dtype == reference_quantized.E4M3:
             fc1, norm = (cast(Any, model.get_submodule(path)) for path in (first[name], norms[name]))
             given = reference_quantized.hidden_scale(fc1.weight, fc1.bias, norm.weight, norm.bias)
-        elif name in first:
+        if name in first and given is None:
             block = reference_quantized.BLOCK
         out = reference_quantized.linear(
             args[0], module.weight, module.bias, dtype=dtype, block=block, given=given, promote=promote

@@ -73,6 +73,28 @@ def test_onednn_keeps_the_tails_of_gelu(onednn_calls):
     assert (actual - reference.activate(x.double(), "gelu")).abs().max() < 1e-6
 
 
+@needs_onednn
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh", "quick_gelu", "relu"])
+def test_a_nan_stays_one_in_its_row_alone(onednn_calls, activation):
+    x, weight, bias = operands()
+    x[1, 2, 3] = torch.nan
+    with torch.no_grad():
+        rows = functional.linear(x, weight, bias, activation=activation).isnan()
+    assert onednn_calls
+    assert rows[1, 2].all()
+    assert rows.sum() == 40
+
+
+def test_a_block_under_vmap_writes_over_nothing():
+    """vmap has no rule for addcmul(out=), which adds a branch under LayerScale where nothing is mapped."""
+    model, pictures = hf_dinov2(num_hidden_layers=1), image()[:, None]
+    with torch.no_grad():
+        expected = tensor_of(model(pictures[0]))
+        fastvit.accelerate(model)
+        mapped = torch.func.vmap(lambda picture: model(picture).last_hidden_state)(pictures)
+    torch.testing.assert_close(mapped[0], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_strided_weight_never_meets_onednn(onednn_calls):
     """It has a kernel for that layout which takes a thousand times as long."""
     x, weight, bias = operands()

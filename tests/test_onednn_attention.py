@@ -50,10 +50,12 @@ def test_it_gives_the_reference(calls, keys, layout):
 def test_relative_positions(calls):
     query, key, value = packed(tokens=24)
     rel_h, rel_w = torch.randn(2, 3, 24, 4), torch.randn(2, 3, 6, 24).transpose(2, 3)
+    rel_h[0, 1, 5:7], rel_h[1, 2, :, 1] = -torch.inf, -torch.inf  # rows with nothing to attend to, and keys
     with torch.no_grad():
         actual = functional.attention(query, key, value, rel_h=rel_h, rel_w=rel_w)
     assert calls
     expected = reference.attention(query, key, value, rel_h=rel_h, rel_w=rel_w)
+    assert not actual[0, 1, 5:7].any()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 

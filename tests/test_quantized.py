@@ -234,6 +234,23 @@ def test_no_hidden_value_is_beyond_its_scale(affine):
         assert 250 < largest <= 448, "beyond the largest value, or far below"
 
 
+def test_a_bound_too_far_above_is_none():
+    """One row of fc1 so many times as large as the others: up to where the bound serves, fc2 errs no more than in blocks."""
+    x = torch.nn.functional.layer_norm(torch.randn(32, 384), (384,))
+    for times, served in ((1, True), (300, True), (1000, False), (torch.nan, False)):
+        fc1, fc2 = torch.randn(256, 384) / 384**0.5, torch.randn(64, 256) / 16
+        fc1[0] *= times
+        fc2[:, 0] /= times
+        given = reference_quantized.hidden_scale(fc1, None, None, None)
+        assert (given is not None) == served
+        if given is not None:
+            hidden = torch.nn.functional.gelu(x @ fc1.t())
+            rounded = reference_quantized.linear(hidden, fc2, dtype=E4M3, given=given)
+            blocks = reference_quantized.linear(hidden, fc2, dtype=E4M3, block=128)
+            exact = hidden @ fc2.t()
+            assert (rounded - exact).norm() < 1.15 * (blocks - exact).norm()
+
+
 def _one_step(products, total):
     """Of Hopper's tensor cores, in Python's own numbers: each term cut off 13 bits below the largest's exponent."""
     exponent = max(math.frexp(a)[1] + math.frexp(b)[1] - 2 for a, b in [*products, (total, 1.0)] if a and b)

@@ -56,6 +56,16 @@ def test_a_served_model_computes_what_is_simulated(device, name, precision):
 
 @pytest.mark.slow
 @torch.no_grad()
+def test_a_hidden_channel_far_above_the_others(device):
+    """Its bound serves no other, so the hidden layer is scaled in blocks."""
+    model = timm_vit(depth=1)
+    model.blocks[0].mlp.fc1.weight[0] *= 1e4
+    model.blocks[0].mlp.fc2.weight[:, 0] /= 1e4
+    _check_served(model.to(device), image().to(device), device, "fp8")
+
+
+@pytest.mark.slow
+@torch.no_grad()
 def test_a_gate_of_its_own_linear(device):
     """timm's SwiGLU: two linears from one input, the gate beside fc1; with rotary positions before them (EVA02)."""
     from timm.models.eva import Eva

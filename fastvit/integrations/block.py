@@ -462,8 +462,8 @@ def _scale_of(parts: Parts, path: str | None) -> Any:
 
 
 def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
-    """Whether a sum may be written over a ``branch`` that nobody else holds: inference, one dtype, nothing traced."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_grad_enabled() or type(branch) is not Tensor:
+    """Whether a sum may be written over a ``branch`` that nobody else holds: inference, one dtype, nothing traced or mapped."""
+    if not torch_backend._may_write() or torch.is_grad_enabled() or type(branch) is not Tensor:
         return False
     if branch.is_inference() and not torch.is_inference_mode_enabled():
         return False

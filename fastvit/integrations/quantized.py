@@ -101,10 +101,12 @@ class Weights:
         return self._made(path, make, linear.weight, linear.bias, layer_scale)
 
     def hidden_scale(self, path: str, linear: Any, norm: Any) -> Tensor | None:
-        """What a hidden layer made by ``linear`` of ``norm``'s result is scaled by, as far as that is known beforehand."""
-        if self.dtype != quantized.E4M3:
+        """What a hidden layer made by ``linear`` of ``norm``'s result is scaled by, as far as that is known beforehand; in a
+        graph what an earlier call found."""
+        name = f"{path}: hidden"
+        if self.dtype != quantized.E4M3 or (torch.compiler.is_compiling() and name not in self.made):
             return None
-        return self._made(f"{path}: hidden", hidden_scale, linear.weight, linear.bias, norm.weight, norm.bias)
+        return self._made(name, hidden_scale, linear.weight, linear.bias, norm.weight, norm.bias)
 
     def _made(self, name: str, make: Callable[..., Any], *tensors: Tensor | None) -> Any:
         found = self.made.get(name)

@@ -22,7 +22,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, rel_h: Te
     """softmax(scale·q·kᵀ + rel_h + rel_w)·v for float32 tensors (B, H, N, D), (B, H, M, D), (B, H, M, Dv), without gradients.
 
     rel_h (B, H, N, Kh) and rel_w (B, H, N, Kw), any strides, Kh·Kw = M: the decomposed relative positions. Returns
-    (B, H, N, Dv), which lies in memory as (B, N, H, Dv).
+    (B, H, N, Dv), which lies in memory as (B, N, H, Dv); zeros where relative positions leave a row nothing to attend to.
     """
     batch, heads, queries, _ = query.shape
     keys = key.shape[2]
@@ -48,7 +48,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, scale: float, rel_h: Te
                 torch.softmax(scores, 1, out=scores)
                 heads_out.append(_linear(scores, value[b, h]))
             torch.cat(heads_out, dim=1, out=out[b, rows])
-    return out.unflatten(2, (heads, -1)).transpose(1, 2)
+    out = out.unflatten(2, (heads, -1)).transpose(1, 2)
+    if rel_h is not None and rel_w is not None:
+        empty = rel_h.amax(-1, keepdim=True) + rel_w.amax(-1, keepdim=True) == float("-inf")
+        if empty.any():
+            out.masked_fill_(empty, 0)
+    return out
 
 
 def _linear(rows: Tensor, columns: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-# activation → the (attribute, algorithm) of mkldnn._linear_pointwise
-_ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
+# activation → the (attribute, algorithm) of mkldnn._linear_pointwise; not its relu, which makes zero of NaN
+_ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
 def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
