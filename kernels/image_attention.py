@@ -130,6 +130,7 @@ def table_products(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     TABLE: tl.constexpr,  # at least 2 · size − 1
+    ROUNDED: tl.constexpr,  # to q's dtype, as backward reads them: of others its weights would not add up to 1
     INPUT_PRECISION: tl.constexpr,
 ):
     """Each query with the whole table, its rows in reverse, in units of log2: [BLOCK_M, TABLE]."""
@@ -139,6 +140,8 @@ def table_products(
     if TAIL > 0:
         tail = load_rows(rows, inside, MAIN, TAIL, DIM, True)
         products = tl.dot(q_tail, tl.trans(tail), products, input_precision=INPUT_PRECISION)
+    if ROUNDED:
+        products = products.to(q.dtype).to(tl.float32)
     return products * 1.4426950408889634
 
 

@@ -100,9 +100,10 @@ def _image_attention_forward(
     tokens = height * width
     index = (batch * heads + head) * tokens + token
     rel_h_rows, rel_w_rows = rel_h_ptr, rel_w_ptr
+    SAVED: tl.constexpr = lse_ptr is not None
     if HAS_REL and TABLE > 0:
-        products_h = table_products(q, q_tail, rel_h_ptr, window_h, DIM, MAIN, TAIL, TABLE, INPUT_PRECISION)
-        products_w = table_products(q, q_tail, rel_w_ptr, window_w, DIM, MAIN, TAIL, TABLE, INPUT_PRECISION)
+        products_h = table_products(q, q_tail, rel_h_ptr, window_h, DIM, MAIN, TAIL, TABLE, SAVED, INPUT_PRECISION)
+        products_w = table_products(q, q_tail, rel_w_ptr, window_w, DIM, MAIN, TAIL, TABLE, SAVED, INPUT_PRECISION)
     elif HAS_REL:
         rel_h_rows, rel_w_rows = rel_h_ptr + index * window_h, rel_w_ptr + index * window_w
 

@@ -88,11 +88,24 @@ def _products(q, q_tail, k, k_tail, start, TAIL: tl.constexpr, INPUT_PRECISION: 
 
 @triton.jit
 def _positions(
-    q, q_tail, table, table_tail, position, size, factor, COUNT: tl.constexpr, TAIL: tl.constexpr, INPUT_PRECISION: tl.constexpr
+    q,
+    q_tail,
+    table,
+    table_tail,
+    position,
+    size,
+    factor,
+    COUNT: tl.constexpr,
+    ROUNDED: tl.constexpr,  # as in ``table_products``
+    TAIL: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
 ):
     """factor · relative positions of queries at ``position``, −inf from ``size`` on: [BLOCK_M, COUNT]."""
     start = tl.zeros([q.shape[0], table.shape[0]], dtype=tl.float32)
-    products = _products(q, q_tail, table, table_tail, start, TAIL, INPUT_PRECISION) * factor
+    products = _products(q, q_tail, table, table_tail, start, TAIL, INPUT_PRECISION)
+    if ROUNDED:
+        products = products.to(q.dtype).to(tl.float32)
+    products *= factor
     key = tl.arange(0, COUNT)
     # Queries beyond the window wrap around the table, and are never stored.
     place = ((size - 1 - position)[:, None] + key[None, :]) & (table.shape[0] - 1)
@@ -200,6 +213,7 @@ def _image_attention_window(
     factor = scale * 1.4426950408889634
     unscale = 1.0 / scale
 
+    SAVED: tl.constexpr = lse_ptr is not None
     QUERY_ROWS: tl.constexpr = BLOCK_M // KEY_COLUMNS
     # Addresses kept across the loop would cost the registers of a second program.
     for first in tl.range(part * QUERY_ROWS, rows, parts * QUERY_ROWS, disable_licm=True):
@@ -208,8 +222,10 @@ def _image_attention_window(
         inside = (row < rows) & (column < columns)
         query_rows = qkv_ptr + row * stride_y + column * stride_x
         q, q_tail = _load(query_rows, None, inside, inside, DIM, MAIN, TAIL, True)
-        rel_w = _positions(q, q_tail, table_w, table_w_tail, column, window_w, unscale, KEY_COLUMNS, TAIL, INPUT_PRECISION)
-        rel_h = _positions(q, q_tail, table_h, table_h_tail, row, window_h, unscale, KEY_ROWS, TAIL, INPUT_PRECISION)
+        # fmt: off
+        rel_w = _positions(q, q_tail, table_w, table_w_tail, column, window_w, unscale, KEY_COLUMNS, SAVED, TAIL, INPUT_PRECISION)
+        rel_h = _positions(q, q_tail, table_h, table_h_tail, row, window_h, unscale, KEY_ROWS, SAVED, TAIL, INPUT_PRECISION)
+        # fmt: on
         rels = _parts(rel_h, PIECES)
         acc = tl.zeros([BLOCK_M, MAIN], dtype=tl.float32)
         acc_tail = tl.zeros([BLOCK_M, TAIL if TAIL > 0 else 16], dtype=tl.float32)

@@ -166,6 +166,15 @@ def test_a_window_in_one_pass_gives_what_one_by_tiles_gives(one_pass, device, pa
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["one_pass", "triton_backend"])
+def test_backward_weighs_by_the_positions_that_forward_summed(request, device, kernel):
+    """Positions are rounded in memory, where backward reads them: a sum of others would leave every weight of a query too large
+    or too small, which the gradients of values and of the padding add up."""
+    request.getfixturevalue(kernel)
+    arguments = _arguments(device, torch.bfloat16, grid=(9, 10), window=8, heads=2)
+    _check(arguments | {name: 4 * arguments[name] for name in ("rel_pos_h", "rel_pos_w")})
+
+
 @pytest.mark.parametrize("option", ["no tables", "a scale of nothing", "a negative scale", "a padded head dim", "a large window"])
 @pytest.mark.slow
 def test_what_one_pass_does_not_serve_goes_by_tiles(one_pass, device, option):
