@@ -31,6 +31,7 @@ ATTENTION = [
     Attention("SAM-H global, no bias", 1, 16, 4096, 80),
     Attention("SAM-B window", 25, 12, 196, 64, rel=(14, 14)),
     Attention("SAM mask decoder, tokens to image", 64, 8, 7, 16, keys=4096),
+    Attention("SAM mask decoder, tokens to image, batch 1", 1, 8, 7, 16, keys=4096),
     Attention("SAM mask decoder, image to tokens", 64, 8, 4096, 16, keys=7),
     Attention("SAM2 memory attention", 1, 1, 4096, 256, keys=7 * 4096),
     Attention("latent diffusion, 64×64", 2, 8, 4096, 40),

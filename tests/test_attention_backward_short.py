@@ -45,9 +45,9 @@ def _tensors(device, dtype=torch.float32, batch=1, heads=2, key_heads=None, n=17
     return {name: torch.randn(batch, *shape).to(dtype).to(device) for name, shape in shapes.items()}
 
 
-def _check(arguments, **options):
+def _check(arguments, magnitude=1.0, **options):
     ops = functional.attention, reference.attention, reference.attention
-    return assert_as_exact_as_eager(*ops, arguments | options)
+    return assert_as_exact_as_eager(*ops, arguments | options, magnitude=magnitude)
 
 
 def test_pieces_hold_the_queries_with_little_to_spare():
@@ -77,7 +77,8 @@ def test_head_dims(launched, device, dtype, dim):
 @pytest.mark.parametrize(("n", "m"), [(1, 70), (70, 1), (20, 64)], ids=str)
 @pytest.mark.parametrize(("dim", "value_dim"), [(32, 16), (16, 64)], ids=str)
 def test_keys_and_values_of_other_sizes(launched, device, n, m, dim, value_dim):
-    _check(_tensors(device, torch.bfloat16, n=n, m=m, dim=dim, value_dim=value_dim))
+    # With one key delta and dout·v, sums of value_dim terms, cancel: the gradients of queries and keys are zeros.
+    _check(_tensors(device, torch.bfloat16, n=n, m=m, dim=dim, value_dim=value_dim), magnitude=value_dim**0.5 if m == 1 else 1.0)
     assert launched == ["attention_backward_short"]
 
 
