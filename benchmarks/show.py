@@ -46,7 +46,7 @@ def machine(result: Result) -> str:
     versions = result["versions"]
     where = result["gpu"] if result.get("gpu", "none") != "none" else f"{result['threads']} threads of an {result['cpu']}"
     libraries = ", ".join(
-        f"{name} {versions[name]}" for name in ("triton", "timm", "transformers", "onnxruntime") if name in versions
+        f"{name} {versions[name]}" for name in ("triton", "timm", "transformers", "onnxruntime", "openvino") if name in versions
     )
     ceilings = ""
     if result.get("gemm_tflop_s"):

@@ -118,7 +118,8 @@ def test_int8_is_shown_and_asked_nothing():
     line = next(line for line in lines if line.startswith("INT8 over our bf16 "))
     assert line.split()[-3:] == ["–", "0.7", "information"]
     assert count.startswith("0 met, 0 missed, ")
-    assert "| INT8, cosine of the features | – | – | 0.9999, ViT-L/16 224, batch 64, int8 | information |" in goals.table(rows)
+    (line,) = [line for line in goals.table(rows) if line.startswith("| INT8, cosine of the features | – | ")]
+    assert line.endswith(" | 0.9999, ViT-L/16 224, batch 64, int8 | information |")
 
 
 @pytest.mark.parametrize(("gpu", "said"), [("NVIDIA H100 80GB HBM3", " (set for an H200)"), ("NVIDIA H200", ""), ("", "")])
