@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import _checks
 from .backend import resolve
-from .ops import _instant, dispatch, onednn, torch_backend, torch_image_attention  # noqa: F401  # onednn: its operators
+from .ops import _instant, dispatch, onednn_operators, torch_backend, torch_image_attention  # noqa: F401  # onednn_operators registers
 from .ops import attention as _attention_op
 from .ops import glu as _glu_op
 from .ops import image_attention as _image_attention_op

@@ -10,7 +10,7 @@ from torch._dynamo.backends.common import aot_autograd
 import fastvit
 from benchmarks.families import FAMILIES, TINY, output_of
 from fastvit import backend, functional
-from fastvit.ops import onednn_attention, torch_backend
+from fastvit.ops import onednn, onednn_attention
 from tests.model_errors import (
     MECHANISMS,
     OUTPUT,
@@ -125,8 +125,8 @@ def test_a_compiled_block_copies_nothing(monkeypatch, key, attention, shape):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_compiled_on_a_cpu_products_stay_onednns(monkeypatch):
-    monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
-    monkeypatch.setattr(torch_backend, "ONEDNN_MIN_PRODUCTS", 0)
+    monkeypatch.setattr(onednn, "cpu_vendor", lambda: "amd")
+    monkeypatch.setattr(onednn, "MIN_PRODUCTS", 0)
     monkeypatch.setattr(onednn_attention, "LEAST_TOKENS", 10)
     found = of_a_compiled_block("timm_vit", torch.float32, 2, 10, TINY.dim)
     assert found == {"onednn_attention": 1, "onednn_linear": 4, "native_layer_norm": 2, "add": 2}
@@ -136,8 +136,8 @@ def test_compiled_on_a_cpu_products_stay_onednns(monkeypatch):
 
 
 def test_what_compiled_linears_leave_to_the_compiler(monkeypatch):
-    monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
-    monkeypatch.setattr(torch_backend, "ONEDNN_MIN_PRODUCTS", 0)
+    monkeypatch.setattr(onednn, "cpu_vendor", lambda: "amd")
+    monkeypatch.setattr(onednn, "MIN_PRODUCTS", 0)
     x, weight = torch.randn(2, 5), torch.randn(3, 5)
 
     def graph_of(function, *inputs) -> set[str]:

@@ -5,7 +5,7 @@ import torch
 
 import fastvit
 from fastvit import functional, reference
-from fastvit.ops import onednn_attention, torch_backend, torch_image_attention
+from fastvit.ops import onednn, onednn_attention, torch_image_attention
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 
@@ -15,7 +15,7 @@ def calls(monkeypatch):
     """Counts what oneDNN attends to, on any CPU, from few tokens on and in tiles of few rows."""
     calls = []
     real = onednn_attention.attention
-    monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
+    monkeypatch.setattr(onednn, "cpu_vendor", lambda: "amd")
     monkeypatch.setattr(onednn_attention, "LEAST_TOKENS", 12)
     monkeypatch.setattr(onednn_attention, "LEAST_ROWS", 5)
     monkeypatch.setattr(onednn_attention, "TILE_SCORES", 64)
@@ -94,9 +94,9 @@ def test_what_it_may_not_serve(calls, monkeypatch):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             functional.attention(query, key, value)
         for vendor in ("intel", "other"):
-            monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda name=vendor: name)
+            monkeypatch.setattr(onednn, "cpu_vendor", lambda name=vendor: name)
             functional.attention(query, key, value)
-    monkeypatch.setattr(torch_backend, "_cpu_vendor", lambda: "amd")
+    monkeypatch.setattr(onednn, "cpu_vendor", lambda: "amd")
     functional.attention(query.contiguous().requires_grad_(), key, value).sum().backward()
     assert not calls
     with torch.no_grad():

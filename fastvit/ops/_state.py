@@ -61,6 +61,10 @@ def plain(*args: Any) -> bool:
     return True
 
 
+def forward_ad_active() -> bool:
+    return forward_ad._current_level >= 0
+
+
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
     differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""

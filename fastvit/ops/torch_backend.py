@@ -3,138 +3,23 @@
 Same results as ``fastvit.reference``, lean in memory: no N×M bias or score matrix beyond a block of query rows, and
 in inference no intermediate that could be written over. Everything is differentiable by PyTorch's autograd.
 
-On x86 CPUs in inference, linears go to oneDNN where it is the faster library (see ``_onednn``): bias and
-activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Attention over many tokens
-follows them there (``onednn_attention``).
+On x86 CPUs in inference, linears and attention over many tokens go to oneDNN where it is the faster library (``onednn``).
 """
-
-import functools
-import platform
-import re
-from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import onednn_attention
-from ._state import exporting
+from . import onednn, onednn_attention
+from ._inplace import activate
+from ._inplace import may_write as _may_write
 
 # Query rows whose bias is held at one time; on 2 CPU cores 256 rows of a 64×64 grid measured fastest (64: +40 %).
 BIAS_ROWS = 256
 
-# Multiplications below which oneDNN's 15 µs of setting up are not earned back (measured on AMD: even at 0.5–1 million).
-ONEDNN_MIN_PRODUCTS = 1_000_000
-
 # A bias from here on (finfo.min of a whole row, say) leaves nothing of the score it is added to.
 SWALLOWS_SCORES = 1e30
-
-
-def _constant(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A function that a compiler asks once, while it traces, as ``torch.compiler.assume_constant_result`` has it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend._why_not_gpu
-    return function
-
-
-@_constant
-def _cpu_vendor() -> str:
-    return _read_cpu_vendor()
-
-
-@functools.cache
-def _read_cpu_vendor() -> str:
-    """amd, intel or other; other also where the CPU lacks AVX2 or PyTorch lacks oneDNN."""
-    if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
-        return "other"
-    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        return "other"
-    name = platform.processor()
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            name += file.read(4096)
-    except OSError:
-        pass
-    found = re.search("AuthenticAMD|GenuineIntel", name)
-    return {"AuthenticAMD": "amd", "GenuineIntel": "intel"}[found.group()] if found else "other"
-
-
-@_constant
-def _onednn_multiplies_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@_constant
-def _undisturbed() -> bool:
-    """Run or compiled, and not traced or transformed by anything."""
-    return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or _forward_ad_active())
-
-
-def _onednn(*tensors: Tensor | None, activation: str | None = None) -> bool:
-    """Whether oneDNN's pointwise-fused linear may and should serve an operator on these tensors.
-
-    May: plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, of which no gradient is wanted, run or compiled
-    but not traced (the operator has neither autograd nor batching rules, and an exported graph should not name it). Should: from
-    ONEDNN_MIN_PRODUCTS on, always on AMD and in bfloat16 (PyTorch's own goes there too, but without the epilogue); on
-    Intel, where MKL is as fast, float32 only for the activation.
-    """
-    if exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
-        return False
-    if not _plain(tensors):
-        return False
-    input, weight = tensors[0], tensors[1]
-    if input is None or weight is None or input.numel() * weight.shape[0] < ONEDNN_MIN_PRODUCTS:
-        return False
-    vendor = _cpu_vendor()
-    mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
-    if vendor == "other" or (mkl_as_fast and activation not in _ONEDNN_ACTIVATIONS):
-        return False
-    return _undisturbed()
-
-
-def _plain(tensors: Iterable[Tensor | None]) -> bool:
-    """CPU tensors of a dtype that oneDNN multiplies, not empty, of which no gradient is wanted."""
-    needs_grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if tensor.device.type != "cpu" or type(tensor) not in (Tensor, torch.nn.Parameter):
-            return False
-        if tensor.dtype != torch.float32 and not (tensor.dtype == torch.bfloat16 and _onednn_multiplies_bfloat16()):
-            return False
-        if tensor.numel() == 0 or (needs_grad and tensor.requires_grad):
-            return False
-    return True
-
-
-def onednn_attends(tokens: int, *tensors: Tensor | None) -> bool:
-    """Whether ``onednn_attention`` may and should serve these: float32 in inference, on AMD, over so many queries and keys."""
-    if exporting() or not torch.backends.mkldnn.enabled or torch.is_autocast_enabled("cpu"):
-        return False
-    if tokens < onednn_attention.LEAST_TOKENS or any(t is not None and t.dtype != torch.float32 for t in tensors):
-        return False
-    return _plain(tensors) and _cpu_vendor() == "amd" and _undisturbed()
-
-
-def _forward_ad_active() -> bool:
-    return torch.autograd.forward_ad._current_level >= 0
-
-
-def _transformed() -> bool:
-    """Inside a torch.func transform, where vmap has no rule for in-place activations."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
-# activation → the (attribute, algorithm) of mkldnn._linear_pointwise; not its relu, which makes zero of NaN
-_ONEDNN_ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
-
-
-def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """activation(x·Wᵀ + b) for contiguous weights: any other layout falls to a oneDNN kernel a thousand times slower."""
-    attribute, algorithm = _ONEDNN_ACTIVATIONS.get(activation or "", ("none", ""))
-    out = torch.ops.mkldnn._linear_pointwise(input.contiguous(), weight, bias, attribute, [], algorithm)
-    return out if activation is None or activation in _ONEDNN_ACTIVATIONS else _activate(out, activation)
 
 
 def attention(
@@ -158,7 +43,7 @@ def attention(
     if attn_mask is not None and attn_mask.dim() < 4:
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + attn_mask.shape)
     tokens = min(query.shape[2], key.shape[2])
-    if attn_mask is None and not is_causal and onednn_attends(tokens, query, key, value, rel_h, rel_w):
+    if attn_mask is None and not is_causal and onednn.serves_attention(tokens, query, key, value, rel_h, rel_w):
         serve = torch.ops.fastvit.onednn_attention if torch.compiler.is_compiling() else onednn_attention.attention
         return serve(query, key, value, scale, rel_h, rel_w)
     if rel_h is None and attn_mask is None:
@@ -283,25 +168,10 @@ def add_(residual: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    if weight.is_contiguous() and _onednn(input, weight, bias, activation=activation):
-        serve = torch.ops.fastvit.onednn_linear if torch.compiler.is_compiling() else onednn_linear
+    if weight.is_contiguous() and onednn.serves_linear(input, weight, bias, activation):
+        serve = torch.ops.fastvit.onednn_linear if torch.compiler.is_compiling() else onednn.linear
         return serve(input, weight, bias, activation)
-    return _activate(F.linear(input, weight, bias), activation)
-
-
-def _activate(x: Tensor, activation: str | None) -> Tensor:
-    """The activation of a tensor that nothing else holds: written over it when no gradient is wanted."""
-    # A trace is one graph, whether gradients are wanted or not.
-    inplace = not (torch.is_grad_enabled() and x.requires_grad) and not _transformed() and not torch.jit.is_tracing()
-    if activation is None:
-        return x
-    if activation == "relu":
-        return torch.relu_(x) if inplace else torch.relu(x)
-    if activation == "quick_gelu":
-        gate = torch.sigmoid(1.702 * x)
-        return x.mul_(gate) if inplace else x * gate
-    approximate = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_(x, approximate=approximate) if inplace else F.gelu(x, approximate=approximate)
+    return activate(F.linear(input, weight, bias), activation)
 
 
 def mlp(
@@ -313,13 +183,6 @@ def mlp(
     activation: str | None,
 ) -> Tensor:
     return linear(linear(input, fc1_weight, fc1_bias, activation), fc2_weight, fc2_bias, None)
-
-
-def _may_write(*tensors: Tensor | None) -> bool:
-    """Whether an operator on these may compute in place in tensors of its own: run as it is, no gradient wanted."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed() or _forward_ad_active():
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
 def _members(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:

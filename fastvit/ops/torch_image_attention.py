@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import onednn_attention
+from . import onednn, onednn_attention
 from ._common import Operator, apply, define, distinct, run_backward, wants_grad
 from ._state import exporting
-from .torch_backend import BIAS_ROWS, onednn_attends
+from .torch_backend import BIAS_ROWS
 
 # Query rows at a time where oneDNN attends: it holds no bias, and copies a head's keys and values for each block.
 ONEDNN_ROWS = 1024
@@ -133,19 +133,20 @@ def _windows(
     """(rows, n · columns, C)."""
     rows, columns = part.shape[0], min(part.shape[1], window[1])
     tokens = min(rows * columns, window[0] * window[1])
-    onednn = buffer is not None and part.shape[1] == columns and onednn_attends(tokens, part, table_h, table_w, pad)
+    alone = buffer is not None and part.shape[1] == columns
+    by_onednn = alone and onednn.serves_attention(tokens, part, table_h, table_w, pad)
     query, key_value = part.unflatten(1, (-1, columns)).permute(3, 1, 4, 0, 2, 5).split([1, 2])
     query = query[0]  # (n, H, rows, columns, D)
     blocks = []
     first = 0
     # Blocks are whole rows of the window, so that their tables are slices.
-    size = ONEDNN_ROWS if onednn else BIAS_ROWS
+    size = ONEDNN_ROWS if by_onednn else BIAS_ROWS
     for block in query.split(max(1, size // columns) if query.shape[0] == 1 else rows, dim=2):
         arguments = (block, key_value, table_h, table_w, first, window, pad, scale)
         if buffer is None:
             blocks.append(checkpoint(_attend, *arguments, None, False, use_reentrant=False, preserve_rng_state=False))
         else:
-            blocks.append(_attend(*arguments, buffer, onednn))
+            blocks.append(_attend(*arguments, buffer, by_onednn))
         first += block.shape[2]
     return _cat(blocks, 2).permute(2, 0, 3, 1, 4).reshape(rows, part.shape[1], -1)
 
@@ -160,7 +161,7 @@ def _attend(
     pad: Tensor | None,
     scale: float,
     buffer: _Buffer | None,
-    onednn: bool,
+    by_onednn: bool,
 ) -> Tensor:
     rows, columns = query.shape[2], query.shape[3]
     centre = None
@@ -176,7 +177,7 @@ def _attend(
         reach_h = table_h[window[0] - first - rows : 2 * window[0] - 1 - first]
         table = torch.cat([reach_h, table_w[window[1] - columns :]]).to(query.dtype)
         height, width = relative_positions(flat.unflatten(2, (rows, columns)), table, window)
-    if onednn:
+    if by_onednn:
         rel = [None if t is None else t.flatten(2, 3) for t in (height, width)]
         out = onednn_attention.attention(flat, key, value, scale, *rel)
     else:
