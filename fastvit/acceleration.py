@@ -21,7 +21,8 @@ from torch.utils import _pytree
 from . import backend as _backend
 from . import graphs
 from .integrations import dispatched, multihead, probe, quantized, swap
-from .integrations.parts import AnyLayout, find_layout
+from .integrations.matching import find_layout
+from .integrations.parts import AnyLayout
 from .ops.quantized import FORMATS
 from .ops.quantized import why_not as why_not_in_8_bits
 from .quantization import Accuracy

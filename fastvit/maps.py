@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .integrations import probe, swap
 from .integrations.block import queries_and_keys
 from .integrations.call import read_call
-from .integrations.parts import Layout, find_layout, is_no_encoder_block
+from .integrations.matching import find_layout
+from .integrations.parts import Layout, is_no_encoder_block
 from .nn import EncoderBlock
 
 __all__ = ["attention_maps", "attention_rollout"]

@@ -20,7 +20,8 @@ from torch.utils import _pytree
 
 from . import reference_quantized
 from .integrations import quantized, swap
-from .integrations.parts import PLAIN_LINEARS, Layout, find_layout
+from .integrations.matching import PLAIN_LINEARS, find_layout
+from .integrations.parts import Layout
 from .verification import eager_where_compiled, evaluated, observed
 
 INPUTS = "tensors, tuples of arguments or mappings of keywords"

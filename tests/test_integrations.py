@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fastvit
-from fastvit.integrations import block, handoff, probe, swap
-from fastvit.integrations.parts import find_layout
+from fastvit.integrations import block, handoff, matching, probe, swap
+from fastvit.integrations.matching import find_layout
 from tests.models_for_acceleration import (
     Encoder,
     OldDinov2Layer,
@@ -159,9 +159,7 @@ def test_timm_blocks_of_other_kinds_are_refused():
 
 
 def test_the_probe_tells_erf_from_tanh(monkeypatch):
-    from fastvit.integrations import parts
-
-    monkeypatch.setattr(parts, "activation_of", lambda *where: "gelu_tanh")
+    monkeypatch.setattr(matching, "activation_of", lambda *where: "gelu_tanh")
     model = fastvit.accelerate(old_vit())
     assert not fastvit.report(model).replaced
 

@@ -7,7 +7,7 @@ from torch import nn
 import fastvit
 from benchmarks.families import FAMILIES, TINY
 from fastvit.integrations import probe
-from fastvit.integrations.parts import find_layout
+from fastvit.integrations.matching import find_layout
 from tests.models_for_acceleration import perturb
 
 DIM, HEADS = 48, 3

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..integrations.dispatched import has_forward_of_its_own
-from ..integrations.parts import CAPTURE_MODULE
+from ..integrations.recheck import CAPTURE_MODULE
 from ..integrations.swap import ATTRIBUTE as SERVING
 from ..integrations.swap import own_class
 from ..nn import GLOBAL_HOOKS

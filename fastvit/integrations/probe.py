@@ -23,7 +23,8 @@ from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import read_call
 from .dispatched import without_hooks
 from .multihead import MultiheadCall, MultiheadLayout
-from .parts import AnyLayout, Layout, child, drops_attention_weights, part, why_not_in_windows
+from .parts import AnyLayout, Layout, child, part
+from .recheck import drops_attention_weights, why_not_in_windows
 
 TOKENS = 67  # that have a position; class and register tokens come on top
 KEYS = TOKENS + 4  # where others are attended to

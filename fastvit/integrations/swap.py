@@ -16,7 +16,8 @@ from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
-from .parts import AnyLayout, Known, Layout, hooked, why_not_now, why_not_parts
+from .parts import AnyLayout, Known, Layout
+from .recheck import hooked, why_not_now, why_not_parts
 
 ATTRIBUTE = "_fastvit_serving"
 
