@@ -6,22 +6,19 @@ as it was, with its reason in the report. At every call a served block checks th
 runs its own forward where something was.
 """
 
-import fnmatch
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
 from . import backend as _backend
-from . import graphs
-from .integrations import dispatched, multihead, probe, quantized, swap
-from .integrations.matching import find_layout
+from . import graphs, planning, walk
+from .integrations import multihead, swap
 from .integrations.parts import AnyLayout
 from .ops.quantized import FORMATS
 from .ops.quantized import why_not as why_not_in_8_bits
@@ -31,27 +28,7 @@ from .verification import Verification, compare, observed
 
 __all__ = ["Report", "Verification", "accelerate", "accelerated", "report", "restore", "verify"]
 
-STATE = "_fastvit_state"
 Model = TypeVar("Model", bound=nn.Module)
-Patterns = tuple[str, ...] | None
-
-
-@dataclass
-class _State:
-    """Kept in the accelerated model's ``__dict__``: plain data, so that copies and pickles of the model keep their report."""
-
-    options: dict[str, Any]
-    skipped: dict[str, str]
-    served: tuple[str, ...]
-    ungraphed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    layouts: dict[str, AnyLayout]
-    skipped: dict[str, str]
-    weights: dict[str, quantized.Weights]  # block → its parts in 8 bits
-    notes: dict[str, str]  # block → what the report says of its precision
 
 
 _dry_runs: "weakref.WeakKeyDictionary[nn.Module, tuple[Report, dict[str, AnyLayout]]]" = weakref.WeakKeyDictionary()
@@ -92,24 +69,24 @@ def accelerate(
     _check_options(backend, precision)
     if not dry_run:
         _check_precision(model, backend, precision)
-    _check_unwrapped(model)
-    included, excluded = _patterns("include", include), _patterns("exclude", exclude)
-    selected = _select(model, included, excluded)
-    with _undone_on_error(model):
-        restored = _snapshot(model)
-        _release(model)
-        plan = _plan(model, selected, precision)
+    walk.check_unwrapped(model)
+    included, excluded = planning.patterns("include", include), planning.patterns("exclude", exclude)
+    selected = planning.select(model, included, excluded)
+    with walk.undone_on_error(model):
+        restored = walk.snapshot(model)
+        walk.release(model)
+        plan = planning.plan(model, selected, precision)
         if dry_run:
-            _revert(restored)
-            accelerated = STATE in model.__dict__ or any(map(swap.is_served, model.modules()))
+            walk.revert(restored)
+            accelerated = walk.STATE in model.__dict__ or any(map(swap.is_served, model.modules()))
             planned = {name: layout.describe() + plan.notes.get(name, "") for name, layout in plan.layouts.items()}
             found = Report(planned, plan.skipped, {}, _describe_backend(model, backend), True, accelerated)
             _dry_runs[model] = found, plan.layouts
             return model
-        _serve(model, plan, backend)
+        walk.serve(model, plan, backend)
         options = {"include": included, "exclude": excluded, "backend": backend}
-        ungraphed = _graph(model, plan) if cuda_graphs else {}
-        model.__dict__[STATE] = _State(options, plan.skipped, tuple(plan.layouts), ungraphed)
+        ungraphed = walk.graph(model, plan) if cuda_graphs else {}
+        model.__dict__[walk.STATE] = walk.State(options, plan.skipped, tuple(plan.layouts), ungraphed)
     _dry_runs.pop(model, None)
     return model
 
@@ -118,14 +95,14 @@ def accelerate(
 def accelerated(model: Model, **options: Any) -> Iterator[Model]:
     """``with accelerated(model):`` accelerates within the block; on leaving, the model is as it was before."""
     _check_module(model)
-    before = _snapshot(model)
+    before = walk.snapshot(model)
     accelerate(model, **options)
     try:
         yield model
     finally:
-        _check_unwrapped(model)
-        _release(model)
-        _revert(before)
+        walk.check_unwrapped(model)
+        walk.release(model)
+        walk.revert(before)
 
 
 def restore(model: Model) -> Model:
@@ -135,9 +112,9 @@ def restore(model: Model) -> Model:
     no module.
     """
     _check_module(model)
-    _check_unwrapped(model)
-    with _undone_on_error(model):
-        _release(model)
+    walk.check_unwrapped(model)
+    with walk.undone_on_error(model):
+        walk.release(model)
     _dry_runs.pop(model, None)
     return model
 
@@ -158,7 +135,7 @@ def report(model: nn.Module, *inputs: Any, **keywords: Any) -> Report:
     found, layouts = _found(model)
     if not inputs and not keywords:
         return found
-    _check_unwrapped(model)
+    walk.check_unwrapped(model)
     modules = dict(model.named_modules())
     blocks = {name: modules[name] for name in layouts if name in modules and name not in found.fallbacks}
     called = {name: getattr(layouts[name], "called", ()) for name in blocks}
@@ -204,7 +181,7 @@ def _found(model: nn.Module) -> tuple[Report, dict[str, AnyLayout]]:
     if model in _dry_runs:
         planned, layouts = _dry_runs[model]
         return replace(planned), {name: layouts[name] for name in planned.replaced}
-    state: _State | None = model.__dict__.get(STATE)
+    state: walk.State | None = model.__dict__.get(walk.STATE)
     served = {name: m.__dict__.get(swap.ATTRIBUTE) for name, m in model.named_modules() if swap.is_served(m)}
     layouts = {name: serving.layout for name, serving in served.items() if serving is not None}
     replaced = {name: serving.describe() for name, serving in served.items() if serving is not None}
@@ -237,7 +214,7 @@ def verify(model: nn.Module, *inputs: Any, **keywords: Any) -> Verification:
     ``TypeError`` when it is no module.
     """
     _check_module(model)
-    _check_unwrapped(model)
+    walk.check_unwrapped(model)
     switch = _Switch(model)
     if not switch.servings:
         raise ValueError("model has no accelerated block to verify; call fastvit.accelerate(model) first")
@@ -301,138 +278,6 @@ def _with_kernels():
     return _backend.use_backend_in_thread("triton")
 
 
-# --- walk and swap ------------------------------------------------------------------------------------------------------
-
-
-def _plan(model: nn.Module, selected: dict[str, str | None], precision: str | Accuracy | None) -> _Plan:
-    """Which modules are served and which block-like ones are not; ``selected``: name → why it was not selected."""
-    layouts: dict[str, AnyLayout] = {}
-    skipped: dict[str, str] = {}
-    proofs: dict[tuple, str | None] = {}
-    for name, module in model.named_modules():
-        if any(name.startswith(f"{served}.") or not served for served in layouts):  # computed by the module around it
-            continue
-        layout = find_layout(module, own_blocks=precision is not None)
-        if layout is None:
-            continue
-        reason = selected[name] or _why_not_swap(module) or (layout if isinstance(layout, str) else None)
-        if reason is None and not isinstance(layout, str):
-            key = probe.signature(module, layout)
-            if key not in proofs:
-                proofs[key] = probe.why_different(module, layout)
-            reason = proofs[key]
-            if reason is None:
-                layouts[name] = layout
-                continue
-        skipped[name] = str(reason)
-    weights, notes = _in_8_bits(model, layouts, precision)
-    return _Plan(layouts, skipped, weights, notes)
-
-
-def _in_8_bits(
-    model: nn.Module, layouts: dict[str, AnyLayout], precision: str | Accuracy | None
-) -> tuple[dict[str, quantized.Weights], dict[str, str]]:
-    """(block → its parts in 8 bits, block → what the report says of it)."""
-    weights: dict[str, quantized.Weights] = {}
-    notes: dict[str, str] = {}
-    if isinstance(precision, Accuracy):
-        precision.check_model(model)
-    name_of_format = precision.precision if isinstance(precision, Accuracy) else precision or ""
-    for name, layout in layouts.items() if precision is not None else ():
-        reason = quantized.why_not(model.get_submodule(name), layout)
-        wanted = precision.parts.get(name, frozenset()) if isinstance(precision, Accuracy) else frozenset(quantized.PARTS)
-        if reason is None and wanted:
-            weights[name] = quantized.Weights(name_of_format, wanted)
-        kept = [part for part in quantized.PARTS if part not in wanted]
-        chosen = f"; in {name_of_format.upper()}: {', '.join(sorted(wanted)) or 'nothing'}"
-        notes[name] = f"; in its own dtype: {reason}" if reason else chosen
-        if reason is None and kept:
-            notes[name] += f" ({', '.join(kept)} would cost too much accuracy)"
-    return weights, notes
-
-
-def _why_not_swap(module: nn.Module) -> str | None:
-    names = [cls.__name__ for cls in type(module).__mro__]
-    if any(name in ("FSDPModule", "FullyShardedDataParallel") for name in names):
-        return "it is sharded by FSDP, whose class a swap would strip: accelerate before fully_shard"
-    hooked = dispatched.HELD in module.__dict__
-    if hooked and not dispatched.holds_forward_of_class(module):
-        return "accelerate's hooks hold its forward in an unknown way: call fastvit.accelerate before dispatching the model"
-    if not hooked and dispatched.has_forward_of_its_own(module):
-        return "it has a forward of its own, set on the instance"
-    if isinstance(module, torch.jit.ScriptModule):
-        return "it is a TorchScript module"
-    return None
-
-
-def _serve(model: nn.Module, plan: _Plan, backend: str) -> None:
-    for name, layout in plan.layouts.items():
-        serving = swap.Serving(layout, backend, weights=plan.weights.get(name), note=plan.notes.get(name, ""))
-        swap.serve(model.get_submodule(name), serving)
-    for container in model.modules():
-        if isinstance(container, nn.ModuleList | nn.Sequential):
-            for module, following in itertools.pairwise(container):
-                swap.link(module, following)
-
-
-def _graph(model: nn.Module, plan: _Plan) -> dict[str, str]:
-    """Graphs the model and what is around its fused blocks; returns module name → why it is not graphed."""
-    return graphs.attach(model, [*plan.layouts, *(name for name, m in model.named_modules() if _is_own_block(m))], _why_not_swap)
-
-
-def _is_own_block(module: nn.Module) -> bool:
-    """Whether a module is a block of fastvit's own models, which are fused as they are."""
-    return type(module).__module__.startswith("fastvit.") and type(module).__name__ in ("EncoderBlock", "TwoWayBlock")
-
-
-def _release(model: nn.Module) -> None:
-    for module in model.modules():
-        if graphs.is_graphed(module):
-            graphs.release(module)
-        if swap.is_served(module):
-            swap.release(module)
-        module.__dict__.pop(STATE, None)
-
-
-def _check_unwrapped(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if swap.is_wrapped(module):
-            wrapper = type(module).__name__
-            raise ValueError(f"{name} was given the class {wrapper} after accelerate (as fully_shard does); undo that first")
-
-
-_Snapshot = list[tuple[nn.Module, type, dict[str, Any]]]
-
-
-def _snapshot(model: nn.Module) -> _Snapshot:
-    keys = (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE)
-    return [(m, type(m), {key: m.__dict__[key] for key in keys if key in m.__dict__}) for m in model.modules()]
-
-
-def _revert(snapshot: _Snapshot) -> None:
-    for module, cls, entries in snapshot:
-        dispatched.exchange_class(module, cls)
-        for key in (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE):
-            module.__dict__.pop(key, None)
-        module.__dict__.update(entries)
-
-
-@contextmanager
-def _undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Everything that serving writes lies in the modules' classes and ``__dict__``s; both are put back as they were."""
-    before = [(module, type(module), dict(module.__dict__)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, cls, entries in before:
-            if type(module) is not cls:
-                module.__class__ = cls
-            for key in module.__dict__.keys() - entries.keys():
-                del module.__dict__[key]
-            module.__dict__.update(entries)
-        raise
-
-
 # --- options ------------------------------------------------------------------------------------------------------------
 
 
@@ -468,44 +313,6 @@ def _check_precision(model: nn.Module, backend: str, precision: str | Accuracy |
             f"precision={name!r} does not run here: {reason}; leave precision=None"
             " (fastvit.quantization.accuracy simulates it on any device)"
         )
-
-
-def _patterns(name: str, patterns: str | Iterable[str] | None) -> Patterns:
-    if patterns is None:
-        return None
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"{name} is {type(patterns).__name__}; expected a glob pattern on module names, or several")
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in found:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{name} has a {type(pattern).__name__}; expected glob patterns on module names")
-    return found
-
-
-def _select(model: nn.Module, include: Patterns, exclude: Patterns) -> dict[str, str | None]:
-    """Module name → why the patterns leave it out, or None. A pattern takes the modules inside those it matches."""
-    names = [name for name, _ in model.named_modules()]
-    for option, patterns in (("include", include), ("exclude", exclude)):
-        for pattern in patterns or ():
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                example = next((name for name in names if name), "")
-                raise ValueError(f"{option} pattern {pattern!r} matches no module of the model (names look like {example!r})")
-
-    def matching(name: str, patterns: tuple[str, ...]) -> str | None:
-        parts = name.split(".")
-        ancestors = [".".join(parts[:count]) for count in range(len(parts), -1, -1)]
-        return next((p for p in patterns for ancestor in ancestors if fnmatch.fnmatchcase(ancestor, p)), None)
-
-    selected: dict[str, str | None] = {}
-    for name in names:
-        excluding = matching(name, exclude or ())
-        if excluding is not None:
-            selected[name] = f"excluded by the pattern {excluding!r}"
-        elif include is not None and matching(name, include) is None:
-            selected[name] = "not among the included patterns"
-        else:
-            selected[name] = None
-    return selected
 
 
 def _describe_backend(model: nn.Module, pinned: str) -> str:

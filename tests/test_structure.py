@@ -14,7 +14,7 @@ LAYERS = [
     {"nn"},
     {"models"},
     {"integrations"},
-    {"acceleration", "graphs", "quantization", "verification", "reporting", "maps"},
+    {"acceleration", "planning", "walk", "graphs", "quantization", "verification", "reporting", "maps"},
     {"checkpoints", "images", "loading", "pipelines", "demo", "benchmarks"},
     {"cli", "web"},
     {"__main__"},

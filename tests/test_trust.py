@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import fastvit
-from fastvit import acceleration, functional, reporting, verification
+from fastvit import acceleration, functional, planning, reporting, verification, walk
 from fastvit.integrations import handoff, probe, swap
 from fastvit.ops import torch_backend
 from tests.models_for_acceleration import (
@@ -373,7 +373,7 @@ def test_patterns_from_a_generator_are_kept_as_they_were_given(option):
     model = fastvit.accelerate(timm_vit(), **{option: (f"blocks.{i}" for i in (0, 2))})
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert fastvit.report(copied) == fastvit.report(model)
-    assert model.__dict__[acceleration.STATE].options[option] == ("blocks.0", "blocks.2")
+    assert model.__dict__[walk.STATE].options[option] == ("blocks.0", "blocks.2")
 
 
 def test_the_empty_pattern_is_the_model_with_all_that_it_has():
@@ -762,7 +762,7 @@ def test_twice_is_once_in_outputs_and_weights():
 
 
 PLANNING = {
-    "looking for layouts": (acceleration, "find_layout", 2),
+    "looking for layouts": (planning, "find_layout", 2),
     "telling blocks apart": (probe, "signature", 2),
     "proving": (probe, "why_different", 1),
 }
@@ -770,7 +770,7 @@ SERVING = {
     "serving the first": (swap, "serve", 1),
     "serving the last": (swap, "serve", 3),
     "linking": (swap, "link", 2),
-    "remembering": (acceleration, "_State", 1),
+    "remembering": (walk, "State", 1),
 }
 AGAIN = {"releasing the first": (swap, "release", 1), "releasing the second": (swap, "release", 2)}
 
