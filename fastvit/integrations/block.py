@@ -185,7 +185,10 @@ def _at_once(
     if call.attn_mask is not None or call.is_causal or call.cos is not None or any(parts.part(path) for path in modules):
         return None
     drops = (*attention.drop, first.drop, mlp.hidden_drop, *mlp.drop, second.drop)
-    if any(_active(*map(child, drops))) or any(getattr(parts.part(r.drop_path), "training", False) for r in layout.residuals):
+    if any(_active(*map(child, drops))):
+        return None
+    drop_paths = [_training(parts.part(residual.drop_path)) for residual in layout.residuals]
+    if any(path is not None and (not torch.is_grad_enabled() or _watched(path)) for path in drop_paths):
         return None
     owner = child(attention.owner)
     heads = next(count for count in [attribute(owner, name) for name in layouts.HEAD_COUNTS] if count is not None)
@@ -203,7 +206,7 @@ def _at_once(
     features = tensors[-2].shape[0] // (heads if len(attention.qkv) == 3 else 3 * heads)
     options = one_block.Options(heads, *eps, _scale(owner, features), layout.activation or "")
     if torch.is_grad_enabled():
-        return one_block.block(tensors, options)
+        return one_block.block(tensors, options, drop_paths)
     if next_norm is None or not handoff.possible(chosen, x, x, next_norm):
         return one_block.infer(tensors, options, normed, None)
     following = parameter(next_norm, "weight"), parameter(next_norm, "bias"), next_norm.eps
@@ -433,6 +436,16 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def _active(*dropouts: Any) -> Iterator[nn.Module]:
     """The dropouts that drop something now."""
     return (module for module in dropouts if module is not None and module.training and getattr(module, "p", 0))
+
+
+def _training(drop_path: Any) -> Any:
+    return drop_path if drop_path is not None and drop_path.training else None
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody has to see what the module itself is given."""
+    own = module.__dict__
+    return bool("forward" in own or own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
 
 
 def _branch(

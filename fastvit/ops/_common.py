@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from . import _recipes
-from ._observed import fill, scratch
+from ._observed import convert, fill, scratch
 from ._state import direct, kernels, transforms, wants_grad
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "apply",
     "as_rows",
     "contiguous",
+    "convert",
     "define",
     "direct",
     "distinct",

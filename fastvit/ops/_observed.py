@@ -41,6 +41,11 @@ def fill(out: Tensor, function: Callable[..., Any], *tensors: Tensor) -> None:
         function(*tensors, out=out)
 
 
+def convert(source: Tensor, *, out: Tensor) -> None:
+    """``source`` in the dtype of ``out``, to ``fill`` by."""
+    out.copy_(source)
+
+
 # --- what is kept ---------------------------------------------------------------------------------------------------------
 
 

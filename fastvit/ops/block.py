@@ -7,7 +7,10 @@ that autograd would make: the gradients of query, key and value are written side
 them, and the gradient that goes past a branch is added in the norm's kernel. Whether a call is served depends on nothing that
 may change before a checkpoint computes it again, a profiler or a function mode for one; a dispatch mode, which has to see
 operators, must be in force both times or neither. In inference a small block is one recipe, no more.
-Shapes: z (B, N, C); qkv is one projection (3·C, C) or three. All of one dtype and device; no mask, no dropout.
+Under autocast, in training, z, sums and norms' parameters are float32 and products are computed in autocast's dtype, as by the
+operators; norms write that dtype at once, backward has the weights as forward cast them (``_casts``), and gradients of float32
+weights are float32 as they are summed up. Stochastic depth multiplies a branch's samples by what it is given.
+Shapes: z (B, N, C); qkv is one projection (3·C, C) or three. Else all of one dtype and device; no mask, no dropout.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from . import _recipes, dispatch
+from . import _casts, _recipes, dispatch
 from ._common import Operator, apply, fill, run_backward, scratch, wants_grad
 from ._state import nothing_between, plain, untransformed
 from .attention import attention_forward
@@ -55,18 +58,19 @@ class _Steps(NamedTuple):
     projected: list[Tensor]
 
 
-def _steps(save: bool, normalized: Tensor | None, tensors: Sequence[Any], options: Options) -> _Steps:
-    """``normalized``: LN(z) where it is there already."""
+def _steps(save: bool, normalized: Tensor | None, tensors: Sequence[Any], options: Options, mask1: Tensor | None) -> _Steps:
+    """``normalized``: LN(z) where it is there already; ``mask1``: see ``block_forward``."""
     x, norm1_weight, norm1_bias, out_weight, out_bias, scale1, norm2_weight, norm2_bias = tensors[:8]
     fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
     heads, eps1, eps2, scale, activation = options
     _checks.check_layer_norm(x, norm1_weight, norm1_bias, eps1, "token")
     mean1 = rstd1 = None
+    dtype = out_weight.dtype
     if normalized is None:
-        normalized, mean1, rstd1 = layer_norm_forward(x, norm1_weight, norm1_bias, eps1, "token", save)
+        normalized, mean1, rstd1 = layer_norm_forward(x, norm1_weight, norm1_bias, eps1, "token", save, dtype)
     projected = []
     for weight, bias in zip(tensors[FIXED::2], tensors[FIXED + 1 :: 2], strict=True):
-        _checks.check_linear(x, weight, bias, None)
+        _checks.check_linear(normalized, weight, bias, None)
         projected.append(linear_forward(normalized, weight, bias, None, False)[0])
     query, key, value = heads_of(projected, heads)
     _checks.check_attention(query, key, value, None, None, None, False, scale)
@@ -74,28 +78,38 @@ def _steps(save: bool, normalized: Tensor | None, tensors: Sequence[Any], option
     rows = rows_of(attended)
     _checks.check_linear(rows, out_weight, out_bias, None)
     branch = linear_forward(rows, out_weight, out_bias, None, False)[0]
+    if mask1 is not None:
+        fill(branch, torch.mul, branch, mask1)
     _checks.check_add_layer_norm(x, branch, norm2_weight, norm2_bias, eps2, scale1)
-    normalized2, total, mean2, rstd2 = add_layer_norm_forward(x, branch, norm2_weight, norm2_bias, eps2, scale1, save)
-    _checks.check_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
+    normalized2, total, mean2, rstd2 = add_layer_norm_forward(x, branch, norm2_weight, norm2_bias, eps2, scale1, save, dtype)
+    _checks.check_mlp(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
     mlp, pre = mlp_forward(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save)
     _checks.check_add_layer_norm(total, mlp, None, None, eps2, scale2)
     return _Steps(normalized, mean1, rstd1, attended, lse, branch, normalized2, total, mean2, rstd2, pre, mlp, projected)
 
 
-def _sum(out: Tensor, total: Tensor, mlp: Tensor, scale2: Tensor | None) -> Tensor:
-    fill(out, torch.add, total, mlp) if scale2 is None else fill(out, torch.addcmul, total, mlp, scale2)
+def _sum(out: Tensor, total: Tensor, mlp: Tensor, scale2: Tensor | None, mask2: Tensor | None = None) -> Tensor:
+    if scale2 is not None and mask2 is not None:
+        fill(mlp, torch.mul, mlp, mask2)
+    factor = mask2 if scale2 is None else scale2
+    fill(out, torch.add, total, mlp) if factor is None else fill(out, torch.addcmul, total, mlp, factor)
     return out
 
 
 def block_forward(*args: Any) -> tuple:
     """(z, norm1's weight and bias, attention's projection's, s1, norm2's, fc1's, fc2's, s2, those of qkv; heads, eps of both
-    norms, the scores' scale, the activation) → (z'', what ``block_backward`` asks for: branch and mlp under LayerScale alone)."""
-    tensors, options = args[: -len(Options._fields)], Options(*args[-len(Options._fields) :])
+    norms, the scores' scale, the activation; for each branch None or a mask (B, 1, 1), which it is multiplied by) → (z'', what
+    ``block_backward`` asks for: branch and mlp under LayerScale alone)."""
+    *first, mask1, mask2 = args
+    tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
     scale1, scale2 = tensors[5], tensors[12]
-    made = _steps(True, None, tensors, options)
+    made = _steps(True, None, tensors, options, mask1)
     if scale1 is None:
         scratch(made.branch)
-    out = _sum(made.mlp if scale2 is None else made.total.new_empty(made.total.shape), made.total, made.mlp, scale2)
+    kept = scale2 is not None or made.mlp.dtype != made.total.dtype  # or written over
+    if kept and scale2 is None:
+        scratch(made.mlp)
+    out = _sum(made.total.new_empty(made.total.shape) if kept else made.mlp, made.total, made.mlp, scale2, mask2)
     made = made._replace(branch=None if scale1 is None else made.branch, mlp=None if scale2 is None else made.mlp)  # type: ignore[arg-type]
     return out, *made[:-1], *made.projected
 
@@ -105,7 +119,7 @@ def block_inference(*args: Any) -> Any:
     (LN(z''), z'')."""
     *first, normalized, next_weight, next_bias, next_eps = args
     tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
-    made = _steps(False, normalized, tensors, options)
+    made = _steps(False, normalized, tensors, options, None)
     for tensor in (made.attended, made.branch, made.normalized2, made.total, *made.projected):
         scratch(tensor)
     if normalized is None:
@@ -121,14 +135,16 @@ def _call_backward(*args: Any) -> tuple:
 
 
 class Block(Operator):
-    """``block_forward``'s tensors, then its other arguments as one tuple, then how to call it → out."""
+    """``block_forward``'s tensors as they want gradients, then its options as one tuple, then what runs it, which returns its
+    tensors and masks as it took them and what it made → out."""
 
     @staticmethod
     def forward(ctx, *args):
-        *tensors, ctx.options, call = args
-        out, *kept = call((*tensors, *ctx.options))
+        *tensors, ctx.options, run = args
+        used, masks, (out, *kept) = run()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[:4], *tensors[5:9], tensors[10], tensors[12], *kept, *tensors[FIXED::2])
+        ctx.dtype = tensors[3].dtype
+        ctx.save_for_backward(*used[:4], *used[5:9], used[10], used[12], *masks, *kept, *used[FIXED::2])
         return out
 
     @staticmethod
@@ -138,27 +154,57 @@ class Block(Operator):
             return (None,) * (len(wants) + 2)
         heads, _, _, scale, activation = ctx.options
         saved = ctx.saved_tensors
-        grads = run_backward(_call_backward, grad, *saved[:10], wants, heads, scale, activation, *saved[10:])
+        grads = run_backward(_call_backward, grad, *saved[:12], wants, heads, scale, activation, ctx.dtype, *saved[12:])
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None, None
 
 
-def block(tensors: list[Any], options: Options) -> Tensor | None:
+def block(tensors: list[Any], options: Options, drop_paths: Sequence[Any] = (None, None)) -> Tensor | None:
     """The output in training for ``block_forward``'s tensors; None where one Function does not serve it: no gradient is wanted,
-    or what ``_serves`` says."""
+    or what ``_serves`` says. ``drop_paths``: of each branch None, or what multiplies each of its samples (B, 1, 1) by a number
+    and is called with ones, once and only where the output comes of it."""
     x = tensors[0]
-    if torch.is_autocast_enabled("cuda" if x.is_cuda else x.device.type) or forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0:
         return None
+    device = "cuda" if x.is_cuda else x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    dropping = [drop_path is not None for drop_path in drop_paths]
     seen, recipe = None, False
     if x.is_cuda and nothing_between() and _recipes.undisturbed():
-        seen = _recipes.signature_of(block_forward, (*tensors, *options), torch.are_deterministic_algorithms_enabled())
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        seen = _recipes.signature_of(block_forward, (*tensors, *options, *dropping), deterministic, dtype)
         recipe = seen is not None and _recipes.find(seen.key)
-    if not recipe and not (wants_grad(*tensors) and _serves(tensors, options)):
+    if not recipe and not (wants_grad(*tensors) and _serves(tensors, options, autocast=dtype)):
         return None
 
-    def call(args: tuple) -> tuple:
-        return block_forward(*args) if seen is None else _recipes.follow(seen, recipe, block_forward, args)
+    def run() -> tuple:
+        used = tensors
+        masks: list[Tensor | None] = [None, None]
+        if dtype is not None:
+            used = _casts.lowered(tensors, _linears(tensors), dtype)
+        if any(dropping):
+            masks = [_mask(x, *branch, dtype) for branch in zip(drop_paths, (tensors[5], tensors[12]), strict=True)]
+        args = (*used, *options, *masks)
+        if seen is None:
+            return used, masks, block_forward(*args)
+        taken = seen
+        if dtype is not None or any(dropping):
+            given = [arg for arg in args if isinstance(arg, Tensor)]
+            taken = seen._replace(tensors=given, pointers=[t.data_ptr() for t in given])
+        return used, masks, _recipes.follow(taken, recipe, block_forward, args)
 
-    return apply(Block, *tensors, options, call)
+    return apply(Block, *tensors, options, run)
+
+
+def _mask(x: Tensor, drop_path: Any, scale: Tensor | None, autocast: torch.dtype | None) -> Tensor | None:
+    """Drawn in the dtype that the branch has where the operators meet it, hence the same numbers."""
+    if drop_path is None:
+        return None
+    return drop_path(x.new_ones(x.shape[0], 1, 1, dtype=autocast if scale is None else None))
+
+
+def _linears(tensors: list[Any]) -> list[int]:
+    """The places of what autocast casts."""
+    return [3, 4, 8, 9, 10, 11, *range(FIXED, len(tensors))]
 
 
 def infer(tensors: list[Any], options: Options, normalized: Tensor | None, following: tuple | None) -> Any:
@@ -179,17 +225,30 @@ def infer(tensors: list[Any], options: Options, normalized: Tensor | None, follo
     return _recipes.follow(seen, recipe, block_inference, args)
 
 
-def _serves(tensors: list[Any], options: Options, *more: Tensor | None) -> bool:
-    """Whether tensors are PyTorch's own and of one dtype, there is something to compute, no dispatch mode or transform has a say,
-    and no rule gives attention or the MLP to the vendor."""
+def _serves(tensors: list[Any], options: Options, *more: Tensor | None, autocast: torch.dtype | None = None) -> bool:
+    """Whether tensors are PyTorch's own and of one dtype (under autocast z and norms' of float32, linears' of that or
+    autocast's), there is something to compute, no dispatch mode or transform has a say, and no rule gives attention or the MLP
+    to the vendor."""
     present = [t for t in (*tensors, *more) if t is not None]
     x, qkv, fc1_weight = tensors[0], tensors[FIXED::2], tensors[8]
-    if not untransformed() or not plain(*present) or any(t.dtype != x.dtype or t.device != x.device for t in present):
+    if not untransformed() or not plain(*present) or any(t.device != x.device for t in present):
         return False
+    if autocast is None:
+        if any(t.dtype != x.dtype for t in present):
+            return False
+    else:
+        places = _linears(tensors)
+        norms = [t for place, t in enumerate(tensors) if t is not None and place not in places]
+        kinds = {tensors[place].dtype for place in places if tensors[place] is not None}
+        if any(t.dtype != torch.float32 for t in norms) or kinds not in ({torch.float32}, {autocast}):
+            return False
+        if autocast not in (torch.bfloat16, torch.float16):
+            return False
     if x.dim() != 3 or x.numel() == 0 or any(weight.dim() != 2 for weight in (tensors[3], fc1_weight, tensors[10], *qkv)):
         return False
     head_dim = qkv[0].shape[0] // (options.heads if len(qkv) == 3 else 3 * options.heads)
-    probe = x.new_empty(1).expand(x.shape[0], options.heads, x.shape[1], head_dim)  # for its shape
-    if dispatch.attention(probe, probe, probe, None, None, False, options.scale, *present) != "kernel":
+    probe = x.new_empty(1, dtype=autocast)  # for its dtype and shapes
+    heads = probe.expand(x.shape[0], options.heads, x.shape[1], head_dim)
+    if dispatch.attention(heads, heads, heads, None, None, False, options.scale, *present) != "kernel":
         return False
-    return dispatch.linear(x, fc1_weight, tensors[9], options.activation) == "kernel"
+    return dispatch.linear(probe.expand(x.shape), fc1_weight, tensors[9], options.activation) == "kernel"

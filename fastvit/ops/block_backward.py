@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ._common import fill, scratch
+from ._common import convert, fill, scratch
 from .attention import attention_backward
 from .layer_norm import add_layer_norm_backward
 from .linear import _matrix, add_product, linear_backward, mlp_backward
@@ -24,6 +24,18 @@ def rows_of(attended: Tensor) -> Tensor:
     return attended.transpose(1, 2).flatten(2)
 
 
+def _scaled(grad: Tensor, scale: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of a branch from that of its sum: times LayerScale (C,) and what its samples (B, 1, 1) were multiplied by."""
+    if scale is None and mask is None and grad.dtype == dtype:
+        return grad
+    out = scratch(grad.new_empty(grad.shape, dtype=dtype))
+    factors = [factor for factor in (scale, mask) if factor is not None]
+    fill(out, torch.mul, grad, factors[0]) if factors else fill(out, convert, grad)
+    for factor in factors[1:]:
+        fill(out, torch.mul, out, factor)
+    return out
+
+
 def block_backward(
     grad: Tensor,
     x: Tensor,
@@ -36,10 +48,13 @@ def block_backward(
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     scale2: Tensor | None,
+    mask1: Tensor | None,
+    mask2: Tensor | None,
     wants: list[bool],
     heads: int,
     scale: float,
     activation: str,
+    dtype: torch.dtype,
     normalized: Tensor,
     mean1: Tensor,
     rstd1: Tensor,
@@ -54,26 +69,32 @@ def block_backward(
     mlp: Tensor | None,
     *projections: Tensor,
 ) -> tuple:
-    """The gradients of ``block_forward``'s tensors, None where ``wants`` says so; ``projections``: results, then weights."""
+    """The gradients of ``block_forward``'s tensors, None where ``wants`` says so; ``dtype``: of those of the linears' parameters;
+    ``projections``: results, then weights."""
     projected, weights = projections[: len(projections) // 2], projections[len(projections) // 2 :]
     grads: list[Tensor | None] = [None] * len(wants)
-    dmlp, dtype = grad, x.dtype
-    if scale2 is not None:
-        dmlp = scratch(grad.new_empty(grad.shape))
-        fill(dmlp, torch.mul, grad, scale2)
-        if wants[12] and mlp is not None:
-            terms = scratch(grad.new_empty(grad.shape))
-            fill(terms, torch.mul, grad, mlp)
-            grads[12] = sum_partials([strip_sums(_matrix(terms))], [terms])[0]
-    dnormalized2, *grads[8:12] = mlp_backward(
-        dmlp, normalized2, fc1_weight, fc2_weight, pre, activation, True, True, [True, *wants[8:12]]
-    )
-    norm = (norm2_weight, norm2_bias, scale1, mean2, rstd2, dtype, dtype)
+    dmlp = _scaled(grad, scale2, mask2, normalized2.dtype)
+    if scale2 is not None and wants[12] and mlp is not None:
+        terms = scratch(grad.new_empty(grad.shape))
+        fill(terms, torch.mul, grad, mlp)
+        grads[12] = sum_partials([strip_sums(_matrix(terms))], [scale2])[0]
+    given = (dmlp, normalized2, fc1_weight, fc2_weight, pre, activation, True, True, [True, *wants[8:12]], dtype)
+    dnormalized2, *grads[8:12] = mlp_backward(*given)
+    apart = mask1 is not None and scale1 is None  # from the gradient of the sum, rounded once
+    norm = (norm2_weight, norm2_bias, scale1, mean2, rstd2, total.dtype, total.dtype if apart else attended.dtype)
     dtotal, dbranch, grads[6], grads[7], grads[5] = add_layer_norm_backward(scratch(dnormalized2), grad, branch, total, *norm)
-    dbranch = scratch(dtotal) if dbranch is None else scratch(dbranch)
+    scratch(dtotal)
+    if apart:
+        dbranch = _scaled(dtotal, None, mask1, attended.dtype)
+    elif dbranch is None:
+        dbranch = dtotal
+    else:
+        scratch(dbranch)
+        if mask1 is not None:
+            fill(dbranch, torch.mul, dbranch, mask1)
     below = any(wants[:3]) or any(wants[FIXED:])
     drows, grads[3], grads[4] = linear_backward(
-        dbranch, rows_of(attended), out_weight, None, None, True, [below, wants[3], wants[4]]
+        dbranch, rows_of(attended), out_weight, None, None, True, [below, wants[3], wants[4]], dtype
     )
     if not below:
         return tuple(grads)
@@ -88,13 +109,13 @@ def block_backward(
         place = FIXED + 2 * index
         first = dnormalized is None
         dinput, grads[place], grads[place + 1] = linear_backward(
-            gradient, normalized, weight, None, None, True, [first, *wants[place : place + 2]]
+            gradient, normalized, weight, None, None, True, [first, *wants[place : place + 2]], dtype
         )
         if dnormalized is None:
             dnormalized = scratch(dinput)
         else:
             add_product(_matrix(dnormalized), _matrix(gradient), weight.t())
-    norm = (norm1_weight, norm1_bias, None, mean1, rstd1, dtype, dtype)
+    norm = (norm1_weight, norm1_bias, None, mean1, rstd1, x.dtype, x.dtype)
     assert dnormalized is not None  # one projection at least
-    grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, scratch(dtotal), None, x, *norm)
+    grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, dtotal, None, x, *norm)
     return tuple(grads)

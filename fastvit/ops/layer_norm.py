@@ -57,10 +57,19 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
 # --- layer_norm ---------------------------------------------------------------------------------------------------------
 
 
-def layer_norm_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, statistics: str, save: bool = True):
+def layer_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistics: str,
+    save: bool = True,
+    dtype: torch.dtype | None = None,
+):
+    """Returns (y, mean, rstd), y of ``dtype``, for token statistics alone, or of the input's."""
     if statistics == "image":
         return _image_forward(input, weight, bias, eps)
-    y = input.new_empty(input.shape)
+    y = input.new_empty(input.shape, dtype=dtype)
     return y, *_forward(matrix(input), None, None, weight, bias, eps, None, y, save)
 
 
@@ -167,10 +176,11 @@ def add_layer_norm_forward(
     eps: float,
     layer_scale: Tensor | None,
     save: bool = True,
+    dtype: torch.dtype | None = None,
 ):
-    """Returns (normalized, total, mean, rstd)."""
-    dtype = _total_dtype(residual, branch)
-    y, total = residual.new_empty(residual.shape, dtype=dtype), residual.new_empty(residual.shape, dtype=dtype)
+    """Returns (normalized, total, mean, rstd), normalized of ``dtype`` or of the total's."""
+    total = residual.new_empty(residual.shape, dtype=_total_dtype(residual, branch))
+    y = residual.new_empty(residual.shape, dtype=dtype or total.dtype)
     return y, total, *_forward(matrix(residual), matrix(branch), layer_scale, weight, bias, eps, total, y, save)
 
 

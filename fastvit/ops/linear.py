@@ -37,15 +37,17 @@ def _product(
     activation: str | None = None,
     backward: bool = False,
     sums: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """a [M, K] · b [N, K]ᵀ + bias → [M, N], or ``shape`` of as many elements: allocated so, since a result that is a view
     refuses to be written over. With nothing to fuse, ``auto`` leaves the product to the vendor's library. Backward, ``sums`` of
-    ``_tile_sums`` gets the column sums of each tile of the result."""
-    out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape)
+    ``_tile_sums`` gets the column sums of each tile of the result. ``dtype``: of the result, a's or float32."""
+    out = a.new_empty((a.shape[0], b.shape[0]) if shape is None else shape, dtype=dtype)
     if activation is None and pre is None and hidden is None and left_to_vendor(a, b):
         a = _matrix(a)
         rows = out if out.dim() == 2 else out.view(a.shape[0], b.shape[0])
-        fill(rows, torch.mm, a, b.t()) if bias is None else fill(rows, torch.addmm, bias, a, b.t())
+        mm = torch.mm if out.dtype == a.dtype else _mm_to_float32
+        fill(rows, mm, a, b.t()) if bias is None else fill(rows, torch.addmm, bias, a, b.t())
         return out
     splits = kernels.linear_split.splits_of(a, b, backward)
     if splits == 1:
@@ -55,6 +57,14 @@ def _product(
         arguments = (a, b, contiguous(bias), out, partial, pre, hidden, activation, backward, sums)
         kernels.linear_split.launch_linear_split(*arguments)
     return out
+
+
+def _mm_to_float32(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """a · b of half precision as float32 has summed it up; PyTorch has no such product on a CPU."""
+    if out.device.type == "cpu":
+        torch.mm(a.float(), b.float(), out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -70,11 +80,11 @@ def left_to_vendor(a: Tensor, b: Tensor) -> bool:
     return not kernels._launch.recording() and dispatch.product(a, b) != "kernel"
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """dyᵀ · x: [rows, N], [rows, K] → [N, K]; zeros for no rows."""
     if dy.shape[0] == 0:
-        return dy.new_zeros(dy.shape[1], x.shape[1])
-    return _product(dy.t(), x.t())
+        return dy.new_zeros(dy.shape[1], x.shape[1], dtype=dtype)
+    return _product(dy.t(), x.t(), dtype=dtype)
 
 
 def _tile_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -99,15 +109,22 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activatio
 
 
 def linear_backward(
-    grad: Tensor, input: Tensor, weight: Tensor, pre: Tensor | None, activation: str | None, has_bias: bool, wants: list[bool]
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    pre: Tensor | None,
+    activation: str | None,
+    has_bias: bool,
+    wants: list[bool],
+    dtype: torch.dtype | None = None,
 ):
-    """Returns (dinput, dweight, dbias), each None where ``wants`` says so."""
+    """Returns (dinput, dweight, dbias), each None where ``wants`` says so; the latter two of ``dtype``, theirs or float32."""
     dy, x, w = _matrix(grad), _matrix(input), _matrix(weight)
     if activation and pre is not None:
         dy = _activation_gradient(dy, pre.view(dy.shape), activation)
     dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else None
-    dweight = _weight_gradient(dy, x) if wants[1] else None
-    dbias = sum_partials([strip_sums(dy)], [dy])[0] if wants[2] and has_bias else None
+    dweight = _weight_gradient(dy, x, dtype) if wants[1] else None
+    dbias = sum_partials([strip_sums(dy)], [dtype or dy.dtype])[0] if wants[2] and has_bias else None
     return dinput, dweight, dbias
 
 
@@ -189,8 +206,10 @@ def mlp_backward(
     has_fc1_bias: bool,
     has_fc2_bias: bool,
     wants: list[bool],
+    dtype: torch.dtype | None = None,
 ):
-    """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each None where ``wants`` says so."""
+    """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each None where ``wants`` says so; those of parameters
+    of ``dtype``, theirs or float32."""
     dy, x, w1, w2 = _matrix(grad), _matrix(input), _matrix(fc1_weight), _matrix(fc2_weight)
     pre = pre.view(-1, w1.shape[0])
     hidden = None
@@ -200,11 +219,11 @@ def mlp_backward(
     dpre_sums = _tile_sums(dy, w2.t()) if wants[2] and has_fc1_bias else None
     kept = None if activation is None else hidden
     dpre = scratch(_product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=kept, sums=dpre_sums))
-    dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden)
+    dfc2_weight = None if hidden is None else _weight_gradient(dy, hidden, dtype)
     del hidden, kept
     dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
-    dfc1_weight = _weight_gradient(dpre, x) if wants[1] else None
-    dfc1_bias, dfc2_bias = sum_partials((dpre_sums, dy_sums), (dpre, dy))
+    dfc1_weight = _weight_gradient(dpre, x, dtype) if wants[1] else None
+    dfc1_bias, dfc2_bias = sum_partials((dpre_sums, dy_sums), [dtype or dy.dtype] * 2)
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
 

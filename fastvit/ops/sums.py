@@ -8,18 +8,20 @@ from torch import Tensor
 from ._common import kernels, scratch
 
 
-def sum_partials(partials: Iterable[Tensor | None], likes: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Partial sums (strips, C) each → (C,) in the dtype of the tensor that is ``like`` it, all in one launch and a fixed order;
-    zeros for no strips. None where either is None."""
+def sum_partials(partials: Iterable[Tensor | None], likes: Iterable[Tensor | torch.dtype | None]) -> list[Tensor | None]:
+    """Partial sums (strips, C) each → (C,) in the dtype given, or of the tensor that is ``like`` it, all in one launch and a
+    fixed order; zeros for no strips. None where either is None."""
     sums: list[Tensor | None] = []
     sources, results = [], []
     for partial, like in zip(partials, likes, strict=True):
         if partial is None or like is None:
             sums.append(None)
-        elif partial.shape[0] == 0:
-            sums.append(partial.new_zeros(partial.shape[1], dtype=like.dtype))
+            continue
+        dtype = like.dtype if isinstance(like, Tensor) else like
+        if partial.shape[0] == 0:
+            sums.append(partial.new_zeros(partial.shape[1], dtype=dtype))
         else:
-            out = partial.new_empty(partial.shape[1], dtype=like.dtype)
+            out = partial.new_empty(partial.shape[1], dtype=dtype)
             sums.append(out)
             sources.append(partial)
             results.append(out)

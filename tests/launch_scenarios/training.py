@@ -1,5 +1,6 @@
 """Steps repeated from recipes: gradients, what is frozen in between, and what autograd refuses."""
 
+import contextlib
 import functools
 
 import torch
@@ -7,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from benchmarks.overhead import trained
+from benchmarks.overhead import _vit, trained
 from fastvit import functional as F
 from tests.launch_scenarios.harness import (
     SCENARIOS,
@@ -31,7 +32,7 @@ def trains_again(forward, leaves):
         return out, torch.autograd.grad(out, leaves, torch.ones_like(out))
 
     (out, grads), noted, ordinary = made(step)
-    assert ordinary == len(noted) > 1
+    assert ordinary == len(noted) > 1, (ordinary, len(noted), out.grad_fn)
     (again, others), repeats, ordinary = made(step)
     assert ordinary == 0, f"{ordinary} of {len(repeats)} launches went Triton's own way"
     assert without_addresses(noted) == without_addresses(repeats)
@@ -51,6 +52,57 @@ def a_block_trains():
     assert block(x).grad_fn.name() == "BlockBackward"
     with fastvit.use_backend("torch"):
         assert block(x).grad_fn.name() != "BlockBackward"
+
+
+@contextlib.contextmanager
+def autocast(dtype=torch.float16):
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+@scenario
+def a_block_trains_under_autocast():
+    block, x = block_of_a_vit()
+    block.float()
+    x = x.detach().float().requires_grad_()
+    leaves = (x, *block.parameters())
+
+    def forward():
+        with autocast():
+            return block(x)
+
+    trains_again(forward, leaves)
+    out = forward()
+    assert (out.grad_fn.name(), out.dtype) == ("BlockBackward", torch.float32)
+    weight = block.mlp.fc1.weight
+    for _ in range(3):
+        (out, grads), noted, _ = made(lambda: (out := forward(), torch.autograd.grad(out, leaves, torch.ones_like(out))))
+        assert all(grad.dtype == torch.float32 for grad in grads)
+        given = {address for launch in noted for address in addresses(launch)}
+        assert weight.data_ptr() not in given, "a kernel was given a weight as it is stored"
+        assert block.norm2.weight.data_ptr() in given
+        assert not any(grad.data_ptr() == other.data_ptr() for grad in grads for other in leaves)
+    for dtype in (torch.bfloat16, torch.float16):
+        with autocast(dtype):
+            _, noted, ordinary = made(lambda: block(x))
+        assert (ordinary == 0) == (dtype == torch.float16), "one recipe served both dtypes"
+
+
+@scenario
+def a_block_trains_with_stochastic_depth():
+    model = _vit(depth=2, num_classes=0, drop_path_rate=0.5).train()
+    fastvit.accelerate(model)
+    block, x = model.blocks[1], fresh(8, 4, 32).requires_grad_()
+    trains_again(lambda: block(x), (x, *block.parameters()))
+    outs = [block(x) for _ in range(4)]
+    assert outs[0].grad_fn.name() == "BlockBackward"
+    assert not all(torch.equal(out, outs[0]) for out in outs), "the draw was kept with the recipe"
 
 
 @scenario
