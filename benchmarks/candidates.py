@@ -26,8 +26,9 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "num_warps": (1, 2, 4, 8, 16),
     "num_stages": (1, 2, 3, 4, 5),
 }
-# What a kernel computes with, not how: TABLE rows of positions fit, partial sums are promoted, the GPU has so many processors.
-FIXED = ("TABLE", "PROMOTE", "MULTIPROCESSORS")
+# What a kernel computes with, not how: TABLE rows of positions fit, partial sums are promoted, the GPU has so many processors;
+# and which launches are dependent, for it takes other kernels around to say what that is worth (``chains``).
+FIXED = ("TABLE", "PROMOTE", "MULTIPROCESSORS", "PDL")
 
 # Configs that are worth a look wherever the committed one lies.
 KNOWN: dict[str, tuple[dict[str, int], ...]] = {

@@ -37,8 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 STUB = r"""
 #include <string.h>
 typedef unsigned long long u64;
-static long launches = 0;
+typedef struct { int id, pad; char value[64]; } attribute;
+typedef struct { unsigned grid[3], block[3], shared; void *stream; attribute *attributes; unsigned count; } config;
+static long launches = 0, dependent = 0;
 long fastvit_launches(void) { return launches; }
+long fastvit_dependent_launches(void) { return dependent; }
 int cuInit(unsigned f) { return 0; }
 int cuDriverGetVersion(int *v) { *v = 12080; return 0; }
 int cuGetErrorString(int e, const char **s) { *s = "stub"; return 0; }
@@ -59,7 +62,11 @@ int cuModuleUnload(void *m) { return 0; }
 int cuModuleGetFunction(void **f, void *m, const char *n) { *f = (void *)1; return 0; }
 int cuPointerGetAttribute(void *out, int a, u64 p) { memcpy(out, &p, 8); return 0; }
 int cuPointerGetAttributes(unsigned n, int *a, void **out, u64 p) { memcpy(out[0], &p, 8); return 0; }
-int cuLaunchKernelEx(const void *c, void *f, void **p, void **e) { launches++; return 0; }
+int cuLaunchKernelEx(const config *c, void *f, void **p, void **e) {
+  launches++;
+  for (unsigned i = 0; i < c->count; i++) dependent += c->attributes[i].id == 6; /* programmatic stream serialization */
+  return 0;
+}
 int cuLaunchKernel() { launches++; return 0; }
 int cuOccupancyMaxActiveClusters(int *n, void *f, const void *c) { *n = 1; return 0; }
 int cuTensorMapEncodeTiled() { return 0; }
@@ -67,8 +74,9 @@ int cuTensorMapEncodeIm2col() { return 0; }
 """
 
 
-def pretend_gpu(folder: str) -> Callable[[], int]:
-    """Puts a stub in the place of the CUDA driver, and lets CPU tensors pass for a GPU's; returns a count of launches.
+def pretend_gpu(folder: str) -> Callable[[], tuple[int, int]]:
+    """Puts a stub in the place of the CUDA driver, and lets CPU tensors pass for a GPU's; returns what counts launches: all
+    so far, and those of them that the driver was asked to make dependent ones.
 
     To be called before Triton's driver is first used. For this process alone, which can compute nothing on Triton any more.
     """
@@ -78,7 +86,8 @@ def pretend_gpu(folder: str) -> Callable[[], int]:
     os.environ["TRITON_LIBCUDA_PATH"] = folder
     os.environ.pop("TRITON_INTERPRET", None)
     stub = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    stub.fastvit_launches.restype = ctypes.c_long
+    for count in (stub.fastvit_launches, stub.fastvit_dependent_launches):
+        count.restype = ctypes.c_long
 
     import triton
     from triton.backends.compiler import GPUTarget
@@ -96,7 +105,7 @@ def pretend_gpu(folder: str) -> Callable[[], int]:
 
     triton.runtime.driver.set_active(Driver())
     pretend_tensors()
-    return stub.fastvit_launches
+    return lambda: (stub.fastvit_launches(), stub.fastvit_dependent_launches())
 
 
 def pretend_tensors() -> None:
@@ -305,7 +314,7 @@ def main() -> None:
                     call()
                 before = launches()
                 call()
-                per_call[name] = launches() - before
+                per_call[name] = [after - first for first, after in zip(before, launches(), strict=True)]
             samples = measure(calls, args.rounds, args.repeats)
     rows = {}
     for name, values in samples.items():
@@ -313,11 +322,12 @@ def main() -> None:
         rows[name] = {
             "min": min(values) / share,
             "median": statistics.median(values) / share,
-            "launches": per_call[name] / share,
+            "launches": per_call[name][0] / share,
+            "dependent": per_call[name][1] / share,
         }
-    print(f"{'':32}{'min µs':>9}{'median µs':>11}{'Triton launches':>17}")
+    print(f"{'':32}{'min µs':>9}{'median µs':>11}{'Triton launches':>17}{'dependent':>11}")
     for name, row in rows.items():
-        print(f"{name:32}{row['min']:9.1f}{row['median']:11.1f}{row['launches']:17.3g}")
+        print(f"{name:32}{row['min']:9.1f}{row['median']:11.1f}{row['launches']:17.3g}{row['dependent']:11.3g}")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -55,6 +55,7 @@ FIRST = (
     Pick("models", ("ViT-[LH]/?? 224, batch 256",), only=("sdpa", "compile_max_autotune", *OURS)),
     Pick("models", ("ViT-B/16 224, batch 1",), only=(*OF_ONE_IMAGE, "compile", "accelerated_compile")),
     Pick("models", ("ViT-[LH]/?? 224, batch 1",), only=OF_ONE_IMAGE),
+    Pick("chains", ("ViT-B/16 blocks*",)),
     Pick("sam", ("SAM-? encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
     Pick("models", ("ViT-L/16 224, batch 64, fp8",), only=("torchao_float8_compile", "accelerated*")),
     Pick("models", ("ViT-L/16 224, batch 64, int8",), only=("accelerated*",)),
@@ -119,6 +120,8 @@ def seconds(task: Task, settings: Settings) -> float:
     row, here = task.row, replace(settings, only=task.only)
     if row["pass"] == "launch":
         return 2 * PLAIN
+    if row["op"] == "chain":
+        return SET_UP_OF_BLOCK * DEPTHS[row["case"].partition("/")[0]] + 2 * TURN
     if row["pass"] == "first_call":
         return FIRST_CALL_PROCESS * (2 if here.why_not("compile") else 4)
     if row["op"] in ("model", "sam", "training"):

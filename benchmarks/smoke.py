@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu --part smoke
 
-Forward and backward of every case on the Triton backend, and the 8-bit kernels, held to float64 as the benchmarks hold them. Each
-process has a GPU context of its own: one that a kernel breaks, or that hangs, is replaced, and the rest goes on. The first case
-of every operator comes first, 8 bits last. Compiled kernels stay in Triton's cache, so that the parts that time them need not
+Forward and backward of every case on the Triton backend, and the 8-bit kernels, held to float64 as the benchmarks hold them; and
+chains of dependent launches, held to the same kernels one after the other. Each process has a GPU context of its own: one that a
+kernel breaks, or that hangs, is replaced, and the rest goes on. The first case of every operator comes first, then chains, 8 bits
+last. Compiled kernels stay in Triton's cache, so that the parts that time them need not
 wait for them again.
 """
 
@@ -24,13 +25,15 @@ import torch
 
 import fastvit
 
-from . import accuracy, cases, first_call, operators, peers, results, smoke_8bit
+from . import accuracy, cases, chains, first_call, operators, peers, results, smoke_8bit
 from .settings import Settings
 
 PROCESSES = 6  # what the float64 references take beside each other fits a GPU of 80 GB
 LIMIT_S = 120.0  # one item, compiling included
 OUT_OF_MEMORY = "out of memory"
-IN_8_BITS = "8 bits"
+IN_8_BITS, CHAINS = "8 bits", "chains"
+
+ALONE = {CHAINS: chains, IN_8_BITS: smoke_8bit}  # parts whose cases check themselves
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,11 @@ class Item:
 
     @property
     def case(self) -> Any:
-        return smoke_8bit.CASES[self.index] if self.part == IN_8_BITS else cases.ALL[self.part][self.index]
+        return ALONE[self.part].CASES[self.index] if self.part in ALONE else cases.ALL[self.part][self.index]
 
     @property
     def name(self) -> str:
-        what = self.case.precision if self.part == IN_8_BITS else self.direction
+        what = self.case.precision if self.part in ALONE else self.direction
         return f"{self.case.op} {self.case.name} {what}"
 
 
@@ -62,21 +65,25 @@ class Outcome:
 
 
 def items(matches: Callable[[str], bool] = lambda name: True, settings: Settings | None = None) -> list[Item]:
-    """All there are, those left out whose format the device of ``settings`` has not."""
+    """All there are, those left out whose format, or whose kind of launch, the device of ``settings`` has not."""
     places = [(part, index) for part, group in cases.ALL.items() for index in range(len(group))]
     firsts = first_call.one_of_each()
     ordered = firsts + [place for place in places if place not in firsts]
-    found = [Item(*place, direction) for place in ordered for direction in ("forward", "backward")]
-    for index, case in enumerate(smoke_8bit.CASES):
-        if settings is None or smoke_8bit.why_not(case, settings) is None:
-            found.append(Item(IN_8_BITS, index, "forward"))
+    both = [[Item(*place, direction) for direction in ("forward", "backward")] for place in ordered]
+    found = [item for items in both[: len(firsts)] for item in items]
+    found += _of(CHAINS, settings) + [item for items in both[len(firsts) :] for item in items] + _of(IN_8_BITS, settings)
     return [item for item in found if matches(item.case.name)]
+
+
+def _of(part: str, settings: Settings | None) -> list[Item]:
+    held = ALONE[part]
+    return [Item(part, n, "forward") for n, case in enumerate(held.CASES) if settings is None or not held.why_not(case, settings)]
 
 
 def check(item: Item, settings: Settings) -> float:
     """The error of the kernel, against float64. Raises ``WrongResult``, or whatever compiling and launching raise."""
     torch.manual_seed(0)
-    if item.part == IN_8_BITS:
+    if item.part in ALONE:
         with torch.no_grad():
             return item.case.check(settings)
     case, dtype = operators.subject(item.case, settings), cases.DTYPES[settings.dtype]

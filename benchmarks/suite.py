@@ -21,6 +21,7 @@ import torch
 
 from . import (
     cases,
+    chains,
     cpu_models,
     first_call,
     launches,
@@ -37,7 +38,7 @@ from . import (
 from .settings import Settings, Task
 
 OPERATORS = tuple(cases.ALL)
-WHOLE = ("models", "sam", "training", "linear_8bit", "launches", "first_call")
+WHOLE = ("models", "sam", "training", "linear_8bit", "chains", "launches", "first_call")
 PARTS = (*OPERATORS, *WHOLE)
 FIRST = "first"
 CPU_PARTS = ("models", *OPERATORS)
@@ -59,7 +60,7 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
             raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join(CPU_PARTS)}")
         return cpu_models.tasks(settings)
     whole = {"models": models, "sam": sam, "training": training, "launches": launches, "first_call": first_call}
-    whole |= {"linear_8bit": linear_8bit}
+    whole |= {"linear_8bit": linear_8bit, "chains": chains}
     return whole[part].tasks(settings)
 
 

@@ -5,6 +5,7 @@ runs: each launch is handed over as it would have been made, which is how kernel
 are not present. ``_plans`` repeats launches that were made here, without deciding anything again.
 """
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ._tuning import overridden
 
 INTERPRETED_TARGET = "interpreter"
 OPTIONS = ("num_warps", "num_stages") if torch.version.hip else ("num_warps", "num_stages", "maxnreg")
@@ -80,12 +83,17 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
     """Launches ``kernel`` on ``tensor``'s device with the launch options and tile sizes of the tuning-table row ``row``.
 
     ``row``: every key in capitals is a constexpr of the kernel where the kernel has it; ``num_warps``, ``num_stages`` and, on
-    NVIDIA's GPUs, ``maxnreg`` (registers a thread at most) are launch options. An empty grid launches nothing.
+    NVIDIA's GPUs, ``maxnreg`` (registers a thread at most) are launch options. PDL is how many programs a launch may have at
+    most to be a dependent one (``_pdl``). An empty grid launches nothing.
     """
     if 0 in grid:
         return
     options: dict[str, Any] = {name: row[name] for name in OPTIONS if name in row}
     names = kernel.arg_names
+    if "PDL" in names:
+        arguments["PDL"] = dependent(grid, tensor, row)
+        if arguments["PDL"]:
+            options["launch_pdl"] = True
     arguments |= {name: value for name, value in row.items() if name in names and name not in arguments}
     if _recorder is not None:
         _recorder(Launch(kernel, grid, arguments, options, op, dict(row)))
@@ -100,6 +108,13 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, ro
         with torch.cuda.device(tensor.device):
             compiled = kernel[grid](**arguments, **options)
     note((kernel, grid, arguments, compiled))
+
+
+def dependent(grid: tuple[int, ...], tensor: torch.Tensor, row: dict[str, Any]) -> bool:
+    """Whether a launch begins before the kernel ahead of it ends: a small one, where a row of the tables (or
+    ``override("launch", {"PDL": …})``, before any row) says what is small, on a GPU that can."""
+    most, target = (row | (overridden("launch") or {})).get("PDL", 0), target_of(tensor)
+    return math.prod(grid) <= most and target.startswith("sm_") and int(target[3:]) >= 90
 
 
 def as_matrix(tensor: torch.Tensor) -> tuple[int, int, int]:

@@ -31,7 +31,7 @@ WAYS = {
     "linear_8bit": ("kernel", "vendor"),
 }
 
-OPTIONAL = {"HALVINGS", "maxnreg"}  # knobs that a row may lack wherever the committed ones have them: as in older tables
+OPTIONAL = {"HALVINGS", "PDL", "maxnreg"}  # knobs that a row may lack wherever the committed ones have them: as in older tables
 
 Bound = int | str | list[int | None]
 
@@ -189,8 +189,8 @@ def tuning() -> bool:
 
 @contextmanager
 def override(op: str, candidate: dict[str, Any]) -> Iterator[None]:
-    """Inside, ``op`` is launched with ``candidate`` whatever its shape ("dispatch <op>": served as its "serve" says): how
-    candidates are measured. Not for several threads."""
+    """Inside, ``op`` is launched with ``candidate`` whatever its shape ("dispatch <op>": served as its "serve" says; "launch":
+    every operator with its "PDL"): how candidates are measured. Not for several threads."""
     global _override
     previous, _override = _override, _override | {op: candidate}
     config.cache_clear()

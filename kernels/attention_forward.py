@@ -16,6 +16,7 @@ import triton.language as tl
 from ._attention import eights, load_mask, load_tile, softmax_step, store_tile
 from ._attention_arguments import forward_arguments, row_for
 from ._launch import launch
+from ._pdl import wait
 from ._plans import planned
 from .attention_short import launch_attention_short, serves
 
@@ -151,6 +152,7 @@ def _attention_forward(
     SPLIT: tl.constexpr,  # by the second program index: out is [splits, B, H, N, Dv] and lse [splits, B, H, N], contiguous
     INPUT_PRECISION: tl.constexpr,
     PARTS: tl.constexpr = 0,  # of the sum of a row's weights, which lanes need not add up at every step
+    PDL: tl.constexpr = False,
 ):
     tiles = tl.cdiv(queries, BLOCK_M)
     tile, batch_head = tl.program_id(0) % tiles, tl.program_id(0) // tiles
@@ -173,6 +175,8 @@ def _attention_forward(
         if MASK_ROWS:
             mask_ptr += tl.minimum(row, queries - 1)[:, None] * stride_mask_row
 
+    if PDL:
+        wait()
     q = load_tile(q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
     q_tail = q
     if TAIL > 0:

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ._launch import as_matrix, launch, row_stride, target_of
+from ._pdl import prefetch_vector, wait
 from ._plans import planned
 from ._tuning import config
 
@@ -88,6 +89,14 @@ def affine(centred, rstd, weight_ptr, bias_ptr, row, column, inside):
 
 
 @triton.jit
+def prefetch_parameters(scale_ptr, weight_ptr, bias_ptr, channels, BLOCK_C: tl.constexpr, TAIL: tl.constexpr):
+    LENGTH: tl.constexpr = 2 * BLOCK_C if TAIL else BLOCK_C
+    prefetch_vector(scale_ptr, 0, channels, LENGTH)
+    prefetch_vector(weight_ptr, 0, channels, LENGTH)
+    prefetch_vector(bias_ptr, 0, channels, LENGTH)
+
+
+@triton.jit
 def _layer_norm_forward(
     x_ptr,  # [rows, channels]: the input, or the residual
     branch_ptr,  # [rows, channels] or None
@@ -108,6 +117,7 @@ def _layer_norm_forward(
     TAIL: tl.constexpr,  # of the row, a second piece; 0 for none
     EVEN: tl.constexpr,  # the pieces are as long as the row
     ALIGN: tl.constexpr,  # divides channels and strides
+    PDL: tl.constexpr,
 ):
     channels = counted_in(ALIGN, channels)
     stride_x_row = counted_in(ALIGN, stride_x_row)
@@ -119,6 +129,9 @@ def _layer_norm_forward(
     column = tl.arange(0, BLOCK_C)
     inside = column < channels if MASKED else column >= 0
     stored = valid[:, None] & inside[None, :]
+    if PDL:
+        prefetch_parameters(scale_ptr, weight_ptr, bias_ptr, channels, BLOCK_C, TAIL)
+        wait()
     # fmt: off
     x = gather(x_ptr, branch_ptr, scale_ptr, total_ptr, row, column, inside, stored, channels,
                 stride_x_row, stride_branch_row, MASKED)

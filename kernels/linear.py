@@ -21,6 +21,7 @@ import triton.language as tl
 from ._launch import as_matrix, input_precision, launch, row_stride, target_of
 from ._linear import finish, place, products
 from ._math import activation_derivative
+from ._pdl import prefetch_rows, prefetch_vector, wait
 from ._plans import planned
 from ._tuning import config
 from .linear_persistent import _linear_persistent, programs_of
@@ -58,6 +59,7 @@ def _linear(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     HALVINGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tile_m, tile_n = place(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -71,6 +73,11 @@ def _linear(
         out_ptr += split.to(tl.int64) * M * N
     if sums_ptr is not None:
         sums_ptr += tile_m.to(tl.int64) * N
+    if PDL:
+        if not B_TRANSPOSED:
+            prefetch_rows(b_ptr, tl.minimum(n, N - 1), stride_b_n, first_k, last_k, tile_m, tl.cdiv(M, BLOCK_M))
+        prefetch_vector(bias_ptr, tile_n * BLOCK_N, N, BLOCK_N)
+        wait()
     # fmt: off
     acc = products(a_ptr, b_ptr, m, n, M, N, K, first_k, last_k, stride_a_m, stride_a_k, stride_b_n, stride_b_k,
                    A_TRANSPOSED, B_TRANSPOSED, EVEN_K, INPUT_PRECISION, BLOCK_K)

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from ._launch import launch, target_of
 from ._math import activate
+from ._pdl import prefetch_rows, prefetch_vector, wait
 from ._plans import planned
 from ._tuning import config
 from .quantize import to_8_bits
@@ -110,6 +111,7 @@ def _linear_8bit(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     HALVINGS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     tl.static_assert(SCALES != "block" or 128 % BLOCK_K == 0, "a step over K stays within a scale")
     program = tl.program_id(0)
@@ -131,6 +133,11 @@ def _linear_8bit(
     ZERO: tl.constexpr = 0 if INTEGERS else 0.0
     SUM: tl.constexpr = tl.int32 if INTEGERS and SCALES != "block" else tl.float32
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=SUM)
+    if PDL:
+        prefetch_rows(b_ptr, b_row, stride_b_n, 0, K, tile_m, tiles_m)
+        prefetch_vector(b_scale_ptr, tile_n * BLOCK_N, N, BLOCK_N)
+        prefetch_vector(bias_ptr, tile_n * BLOCK_N, N, BLOCK_N)
+        wait()
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a, b = tl.load(a_ptrs), tl.load(b_ptrs)

@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 
 from ._launch import launch, target_of
+from ._pdl import wait
 from ._plans import planned
 from ._tuning import config
 from .glu import _activate
-from .layer_norm import affine, align_of, centre, counted_in, gather, pieces
+from .layer_norm import affine, align_of, centre, counted_in, gather, pieces, prefetch_parameters
 
 SCALE_BLOCK = 128
 
@@ -88,6 +89,7 @@ def _quantize(
     TAIL: tl.constexpr,  # these three as in ``layer_norm``
     EVEN: tl.constexpr,
     ALIGN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     FORMAT: tl.constexpr = values_ptr.dtype.element_ty
     MASKED: tl.constexpr = TAIL == 0 and not EVEN
@@ -100,6 +102,9 @@ def _quantize(
     column = tl.arange(0, BLOCK_C)
     inside = column < channels if MASKED else column >= 0
     stored = valid[:, None] & inside[None, :]
+    if PDL:
+        prefetch_parameters(layer_scale_ptr, weight_ptr, bias_ptr, channels, BLOCK_C, TAIL)
+        wait()
     # fmt: off
     x = gather(x_ptr, branch_ptr, layer_scale_ptr, total_ptr, row, column, inside, stored, channels,
                stride_x_row, stride_branch_row, MASKED)

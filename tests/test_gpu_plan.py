@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     accuracy,
     cases,
+    chains,
     contest,
     goals,
     gpu,
@@ -151,7 +152,7 @@ def test_smoke_finds_a_wrong_kernel(monkeypatch):
 
 def test_smoke_has_every_case_both_ways_and_one_of_each_operator_first():
     found = smoke.items()
-    assert len(found) == len(set(found)) == 2 * sum(map(len, cases.ALL.values())) + len(smoke_8bit.CASES)
+    assert len(found) == len(set(found)) == 2 * sum(map(len, cases.ALL.values())) + len(chains.CASES) + len(smoke_8bit.CASES)
     operators = {case.op for group in cases.ALL.values() for case in group}
     assert {item.case.op for item in found[: 2 * len(operators)]} == operators
 

@@ -47,6 +47,7 @@ NAMES = [
     "launch_hooks_see_every_launch",
     "knobs_that_are_set",
     "an_unknown_triton",
+    "small_grids_are_dependent_launches",
     "nothing_is_launched_under_record",
     "the_backend_of_the_moment",
     "gradients_wanted_later",

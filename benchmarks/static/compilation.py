@@ -79,9 +79,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Operator, kernel, dtype, table row, and what asked for it first."""
+        """Operator, kernel, dtype, whether it is a dependent launch, table row, and what asked for it first."""
         row = " ".join(f"{name}={value}" for name, value in self.launch.row.items())
-        return f"{self.launch.op} {self.launch.kernel.__name__} {self.dtype} [{row}] {self.asked_by[0]}"
+        how = " dependent" if self.dependent else ""
+        return f"{self.launch.op} {self.launch.kernel.__name__} {self.dtype}{how} [{row}] {self.asked_by[0]}"
+
+    @property
+    def dependent(self) -> bool:
+        return self.launch.options.get("launch_pdl", False)
 
 
 def specialize(launch: Launch, target: str) -> tuple[dict, dict, dict]:
@@ -118,9 +123,10 @@ def _rows_of(launch: Launch, shapes: list[tuple[str, dict[str, int]]], rows: lis
 
 
 def jobs(target: str, op: str = "", one_a_row: bool = False) -> tuple[list[Job], list[str]]:
-    """Every distinct compilation that the workloads ask for, and the table rows that none of them reaches.
+    """Every distinct compilation that the workloads ask for, and the table rows that none of them reaches, or none with the
+    dependent launch that the row allows.
 
-    ``one_a_row``: of each kernel, table row and dtype, only the first.
+    ``one_a_row``: of each kernel, table row and dtype, only the first, and the first dependent one.
     """
     found: dict[str, Job] = {}
     ops = table(target)["ops"]
@@ -143,12 +149,19 @@ def jobs(target: str, op: str = "", one_a_row: bool = False) -> tuple[list[Job],
         for number, row in enumerate(rows)
         if op in name and (name, number) not in reached
     ]
+    dependent = {(job.launch.op, row) for job in found.values() if job.dependent for row in job.rows}
+    uncovered += [
+        f"{name} when {row['when']} by a launch of at most {row['config']['PDL']} programs"
+        for name, rows in ops.items()
+        for number, row in enumerate(rows)
+        if op in name and row["config"].get("PDL") and (name, number) not in dependent
+    ]
     todo = list(found.values())
     if one_a_row:
         firsts: dict[tuple, Job] = {}
         for job in todo:
             row = json.dumps(job.launch.row, sort_keys=True)
-            firsts.setdefault((job.launch.op, job.launch.kernel.__name__, job.dtype, row), job)
+            firsts.setdefault((job.launch.op, job.launch.kernel.__name__, job.dtype, row, job.dependent), job)
         todo = list(firsts.values())
     return todo, uncovered
 
@@ -175,6 +188,8 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     loop: dict[str, int] | None = None
     atomics: int = 0
+    dependent: bool = False  # launched by Triton while the kernel ahead runs
+    unwaited: list[str] = field(default_factory=list)  # opcodes that read or write memory before they have waited for it
     error: str | None = None
 
 
@@ -212,5 +227,8 @@ def compile_job(job: Job, gpu: str) -> Report:
     if machine_code.serialized(built.asm.get("ptx", "")):
         report.serialized = sum(report.tensor_core.values())
     report.loop = machine_code.hottest_loop(code.instructions)
+    report.dependent = getattr(built.metadata, "launch_pdl", False)
+    if report.dependent:
+        report.unwaited = machine_code.unwaited(code.instructions)
     report.atomics = built.asm["ttir"].count("tt.atomic")
     return report

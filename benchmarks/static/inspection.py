@@ -1,6 +1,7 @@
 """Every kernel at every row of a table, compiled in several processes, and what of it must not be."""
 
 import multiprocessing
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import cache, partial
@@ -16,7 +17,8 @@ MAX_STACK = 32  # bytes a thread: what the compiler sets aside for calls, as aga
 
 
 def problems(report: Report, shared_limit: int, rows: list[dict[str, Any]]) -> list[str]:
-    """What must not be, in words: too much stack or shared memory, no tensor cores, products in turn, narrow loads, atomics.
+    """What must not be, in words: too much stack or shared memory, no tensor cores, products in turn, narrow loads, atomics, and
+    of dependent launches (``undisciplined``).
 
     ``rows``: the operator's in the table, whose stated shared memory the launch must keep to.
     """
@@ -40,7 +42,21 @@ def problems(report: Report, shared_limit: int, rows: list[dict[str, Any]]) -> l
         found.append(f"has no 16-byte load among its {report.counts.get('loads', 0)}")
     if report.atomics:
         found.append(f"has {report.atomics} atomics, whose order is not the same twice")
-    return [f"{report.name} {problem}" for problem in found]
+    return [f"{report.name} {problem}" for problem in (*found, *undisciplined(report))]
+
+
+def undisciplined(report: Report) -> Iterator[str]:
+    """Where a kernel does not keep to what makes dependent launches safe: every way through it waits for the kernels ahead before
+    it reads or writes memory, only then does it let the next one begin, and a launch that is not dependent does neither."""
+    waits, triggers = report.counts.get("waits", 0), report.counts.get("triggers", 0)
+    if not report.dependent:
+        if waits or triggers:
+            yield "waits for kernels ahead or lets the next begin, and is no dependent launch"
+        return
+    if report.unwaited:
+        yield f"reads or writes memory before it has waited for the kernels ahead: {', '.join(report.unwaited)}"
+    if waits != 1 or triggers != 1:
+        yield f"waits {waits} times for the kernels ahead and lets the next begin {triggers} times, not once each"
 
 
 @cache

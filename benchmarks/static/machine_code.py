@@ -26,6 +26,10 @@ MULTIPROCESSORS = {
     "sm_120": (65536, 1536, 102400),
 }
 
+# What a dependent launch must not do before it has waited for the kernels ahead (ACQBULK): read or write global memory.
+# Prefetches (CCTL, UBLKPF) are neither.
+GLOBAL_MEMORY = r"(LD|LDG|LDGSTS|LDGMC|ST|STG|STAS|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP|UBLKRED|UREDG?)(\..*)?"
+
 MATRIX = r"(HGMMA|HMMA|UTCHMMA|QGMMA|QMMA|UTCQMMA|IGMMA|IMMA|UTCIMMA)\b.*|v_mfma_.*"
 
 # What is counted, as patterns of whole opcodes: NVIDIA's first, AMD's after it.
@@ -38,16 +42,21 @@ KINDS = {
     "loads": r"(LDG|LDGSTS|UTMALDG)\b.*|(global|buffer)_load\w+",
     "wide_loads": r"(LDG|LDGSTS)\b.*\.128\b.*|UTMALDG\b.*|(global|buffer)_load_dwordx4",
     "shared_loads": r"(LDS|LDSM)\b.*|ds_read\w*",
+    "prefetches": r"(CCTL\b.*\.PF|UBLKPF\b).*",
+    "waits": r"ACQBULK",
+    "triggers": r"PREEXIT",
     "spills": r"(LDL|STL)\b.*|scratch_(load|store)\w+",
 }
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction; ``leads_to`` is the index of the one that a branch goes to."""
+    """One instruction; ``leads_to`` is the index of the one that a branch or a call goes to, ``guarded`` whether a predicate may
+    keep it from running (NVIDIA's only)."""
 
     opcode: str
     leads_to: int | None = None
+    guarded: bool = False
 
 
 @dataclass
@@ -61,12 +70,13 @@ class MachineCode:
 
 def read_sass(text: str) -> list[Instruction]:
     """The instructions of ``cuobjdump -sass``."""
-    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;\n]*)", text, re.M)
-    index = {int(address, 16): number for number, (address, _, _) in enumerate(lines)}
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;\n]*)", text, re.M)
+    index = {int(address, 16): number for number, (address, _, _, _) in enumerate(lines)}
     instructions = []
-    for _, opcode, operands in lines:
-        target = re.search(r"\b0x([0-9a-f]+)\b\s*$", operands) if opcode.split(".")[0] == "BRA" else None
-        instructions.append(Instruction(opcode, index.get(int(target[1], 16)) if target else None))
+    for _, predicate, opcode, operands in lines:
+        target = re.search(r"\b0x([0-9a-f]+)\b\s*$", operands) if opcode.split(".")[0] in ("BRA", "CALL") else None
+        leads_to = index.get(int(target[1], 16)) if target else None
+        instructions.append(Instruction(opcode, leads_to, bool(predicate)))
     return instructions
 
 
@@ -104,6 +114,26 @@ def count(instructions: Sequence[Instruction]) -> dict[str, int]:
             if re.fullmatch(pattern, opcode):
                 counts[kind] += number
     return dict(counts)
+
+
+def unwaited(instructions: Sequence[Instruction]) -> list[str]:
+    """Opcodes on some way from the beginning to before the wait for kernels ahead that read or write global memory, or lead where
+    it cannot be followed. Every branch may be taken or not, and a wait with a predicate is none."""
+    seen, ahead, found = set(), [0], []
+    while ahead:
+        number = ahead.pop()
+        if number in seen or number >= len(instructions):
+            continue
+        seen.add(number)
+        instruction = instructions[number]
+        kind = instruction.opcode.split(".")[0]
+        if kind in ("ACQBULK", "EXIT", "RET") and not instruction.guarded:
+            continue
+        lost = kind in ("BRX", "JMX") or (kind in ("BRA", "CALL") and instruction.leads_to is None)
+        if lost or re.fullmatch(GLOBAL_MEMORY, instruction.opcode):
+            found.append(instruction.opcode)
+        ahead += [number + 1] if instruction.leads_to is None else [number + 1, instruction.leads_to]
+    return sorted(found)
 
 
 def tensor_core(counts: dict[str, int]) -> dict[str, int]:

@@ -146,6 +146,15 @@ def _rotary_attention(dim: int, norm: str | None, interleaved: bool, dtype: torc
     rotary_attention_op.rotary_attention_forward(query, key, value, cos, sin, interleaved, norm, *parameters, 1e-6, dim**-0.5)
 
 
+def _one_image(channels: int) -> None:
+    """Norm and linears of a ViT's block for one image, whose small grids may be dependent launches."""
+    x, parameter, hidden = _meta(1, 197, channels), _meta(channels), _meta(1, 197, 4 * channels)
+    layer_norm_op.add_layer_norm_forward(x, x, parameter, parameter, 1e-6, None, False)
+    products = (x, 3 * channels, None), (x, channels, None), (x, 4 * channels, "gelu"), (hidden, channels, None)
+    for given, columns, activation in products:
+        linear_op.linear_forward(given, _meta(columns, given.shape[-1]), _meta(columns), activation, False)
+
+
 def _bounds(target: str, name: str, ops: tuple[str, ...], beyond: int) -> list[int]:
     """One value of the shape number ``name`` for every row of ``ops``: each row's bound, and one beyond them all."""
     rows = [row for op, rows in table(target)["ops"].items() if op in ops for row in rows]
@@ -162,6 +171,8 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for dim, tokens in ((64, 197), (64, 257), (32, 197)):
         yield f"attention bf16 D={dim}, {tokens} tokens of 16 images", partial(_attention, dim, tokens=tokens, batch=16)
     yield "attention bf16 D=80", partial(_attention, 80)
+    for dim in (48, 64):
+        yield f"attention bf16 D={dim}, 577 tokens of 8 images", partial(_attention, dim, backward=False, batch=8)
     for dim in (64, 80):
         yield f"image attention bf16 D={dim}, 64×64 of 64×64 tokens", partial(_image_attention, dim)
         yield f"image attention bf16 D={dim}, 14×14 of 64×64 tokens", partial(_image_attention, dim, window=14)
@@ -214,6 +225,8 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"linear bf16 M={rows} gelu", partial(_linear, rows, activation="gelu")
         yield f"linear bf16 M={rows} N=768", partial(_linear, rows, columns=768)
         yield f"mlp bf16 M={rows} training", partial(_mlp_training, rows)
+    for channels in (384, 768, 1280):
+        yield f"one image bf16 C={channels}", partial(_one_image, channels)
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
@@ -225,6 +238,8 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"block {name} M={rows}", partial(_8bit, rows, 1024, dtype)
         for channels in _bounds(target, "channels", ("quantize",), 16384):
             yield f"block {name} C={channels}", partial(_8bit, 16384, channels, dtype)
+        for channels in (384, 768, 1280):
+            yield f"one image {name} C={channels}", partial(_8bit, 197, channels, dtype)
         yield f"quantize_glu {name}", partial(_quantize_glu, 16384, 4096, dtype)
 
     for activation in ("silu", "gelu", "sigmoid"):

@@ -19,14 +19,16 @@ SCENARIOS: dict[str, Callable[[], None]] = {}
 warnings.simplefilter("ignore")
 launches: list[tuple] = []
 compiled: list[str] = []
+wanted_options: dict[int, dict] = {}  # by number of the compilation
 state = SimpleNamespace(stream=0, device=0, ordinary=0, entered=[])
 
 
 class Compiled:
     """What Triton's compiler would have returned."""
 
-    def __init__(self, src, **_):
+    def __init__(self, src, options, **_):
         compiled.append(src.fn.__name__)
+        wanted_options[len(compiled)] = options
         self.name, self.number, self.function, self.packed_metadata = src.fn.__name__, len(compiled), len(compiled), (4, 1, 0)
 
     def launch_metadata(self, grid, stream, *args):

@@ -1,7 +1,7 @@
 """What surrounds a call when it is repeated: stream, GPU, hooks, knobs, modes, autocast, a gradient that is wanted."""
 
 import torch
-from fastvit.kernels import _launch, _plans
+from fastvit.kernels import _launch, _plans, _tuning
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
@@ -10,12 +10,14 @@ from fastvit import functional as F
 from tests.launch_scenarios.harness import (
     addresses,
     compiled,
+    fresh,
     made,
     norm_inputs,
     repeated,
     scenario,
     state,
     wanted,
+    wanted_options,
 )
 
 
@@ -84,6 +86,24 @@ def an_unknown_triton():
         repeated(lambda: F.layer_norm(x, w, b), plans=False)
     finally:
         _plans._known = True
+
+
+@scenario
+def small_grids_are_dependent_launches():
+    """What is compiled says so, and a plan runs it again; large grids are not, nor any that are asked not to be."""
+    w, b = fresh(300), fresh(300)
+    dependent = lambda noted: [wanted_options[number]["launch_pdl"] for _, number, *_ in noted]  # noqa: E731
+    for rows, small in ((4 * 528, True), (4 * 528 + 1, False)):
+        x = fresh(rows, 300)
+        _, again = repeated(lambda x=x: F.layer_norm(x, w, b))
+        assert dependent(again) == [small]
+    x = fresh(4, 300)
+    _, before = repeated(lambda: F.layer_norm(x, w, b))
+    with _tuning.override("launch", {"PDL": 0}):
+        _, noted, ordinary = made(lambda: F.layer_norm(x, w, b))
+        assert (dependent(noted), ordinary) == ([False], 1)
+    _, later, ordinary = made(lambda: F.layer_norm(x, w, b))
+    assert (dependent(later), later[0][1], ordinary) == ([True], before[0][1], 0)
 
 
 @scenario

@@ -1,0 +1,49 @@
+"""Programmatic dependent launch: a kernel begins while the one ahead of it in the stream ends (GPUs of sm_90 and later).
+
+``_launch`` decides which launches are dependent: those of at most PDL programs, a number in the rows of the tuning tables.
+Their kernels are compiled with PDL true, and keep to one rule: before ``wait`` addresses are made and parameters are asked
+into the L2 cache; all that is read into registers or shared memory, and all that is written, comes after it. Why that is
+right, whatever runs ahead or behind: docs/performance.md, "Programmatic dependent launch".
+"""
+
+import triton
+import triton.language as tl
+
+LINE = tl.constexpr(128)  # bytes of a line of the L2 cache
+
+
+@triton.jit
+def wait():
+    """Until every kernel ahead is done and what it wrote can be read. Only then may the one behind begin, so that no more than
+    one ever waits beside the one that computes."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(ptrs):
+    """Asks for the lines at ``ptrs``, a tensor of addresses that exist, in the L2 cache, where later writes reach them."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def prefetch_vector(ptr, first, count, LENGTH: tl.constexpr):
+    """``prefetch`` of the elements ``first`` … ``first + LENGTH`` of a vector of ``count``, or of those of them that exist; of
+    nothing where there is no vector."""
+    if ptr is not None:
+        EACH: tl.constexpr = LINE * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = LENGTH // EACH if LENGTH > EACH else 1
+        prefetch(ptr + tl.minimum(first + tl.arange(0, LINES) * EACH, count - 1))
+
+
+@triton.jit
+def prefetch_rows(ptr, row, stride_row, first_k, last_k, part, parts):
+    """``prefetch`` of the columns ``first_k`` … ``last_k`` of the rows ``row`` (int64), last stride 1: ``part``'s share of them
+    where ``parts`` programs need the same."""
+    EACH: tl.constexpr = LINE * 8 // ptr.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = 4  # at a time: a lane has work where rows are fewer than lanes
+    line = tl.arange(0, LINES) * EACH
+    for start in range(first_k + part * LINES * EACH, last_k, parts * LINES * EACH):
+        prefetch(ptr + row[:, None] * stride_row + tl.minimum(start + line, last_k - 1)[None, :])
