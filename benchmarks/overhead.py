@@ -19,6 +19,7 @@ Everything compared takes turns within one process, and the first calls, which c
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -27,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def backward(call: Callable[[], Any], leaves: Iterable[Any]) -> Callable[[], obj
     return run
 
 
-def _vit(**sizes: int):
+def _vit(**sizes: int | float):
     import torch
     from timm.models.vision_transformer import VisionTransformer
 
@@ -208,28 +209,64 @@ def _vit(**sizes: int):
     return VisionTransformer(img_size=8, patch_size=4, embed_dim=32, num_heads=2, **sizes).half().eval()
 
 
+@contextlib.contextmanager
+def autocast(dtype: Any) -> Iterator[None]:
+    """``torch.autocast("cuda", dtype)``, for tensors that only say they are on a GPU too."""
+    import torch
+
+    before = torch.get_autocast_dtype("cuda")
+    with torch.autocast("cpu", dtype):
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", dtype)
+        try:
+            yield
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", before)
+
+
 def blocks() -> dict[str, Callable[[], object]]:
-    """A timm ViT block: as it was, and accelerated on either backend, each in inference and in training."""
+    """Two timm ViT blocks: as they were, and accelerated on either backend, each in inference, in training, in training under
+    autocast with float32 weights, and in training with stochastic depth."""
     import torch
 
     import fastvit
 
     calls: dict[str, Callable[[], object]] = {}
     x = torch.randn(1, 4, 32, dtype=torch.float16)
-    x_ = x.clone().requires_grad_()
     for name, backend in (("original", None), ("torch", "torch"), ("triton", "auto")):
-        made = _vit(depth=2, num_classes=0)
-        if backend is not None:
-            fastvit.accelerate(made, backend=backend)
-        inner = made.blocks
+
+        def made(backend=backend, **sizes):
+            model = _vit(num_classes=0, **sizes)
+            return model if backend is None else fastvit.accelerate(model, backend=backend)
+
+        inner, mixed, deep = (
+            made(depth=2).blocks,
+            made(depth=2).float().blocks,
+            made(depth=3, drop_path_rate=0.2).train().blocks[1:],
+        )
 
         def infer(inner=inner):
             with torch.no_grad():
                 return inner(x)
 
+        def train(inner, x):
+            return inner(x)
+
+        def train_mixed(inner, x):
+            with autocast(torch.float16):
+                return inner(x)
+
         calls[f"block, {name}"] = infer
-        calls[f"block, {name}, training"] = lambda inner=inner: inner(x_)
-        calls[f"block, {name}, backward"] = backward(calls[f"block, {name}, training"], (x_, *inner.parameters()))
+        ways = (
+            ("", inner, x, train),
+            (" under autocast", mixed, x.float(), train_mixed),
+            (" with stochastic depth", deep, x, train),
+        )
+        for way, inner, given, run in ways:
+            leaf = given.clone().requires_grad_()
+            calls[f"block, {name}, training{way}"] = forward = functools.partial(run, inner, leaf)
+            calls[f"block, {name}, backward{way}"] = backward(forward, (leaf, *inner.parameters()))
     return calls
 
 
@@ -325,9 +362,9 @@ def main() -> None:
             "launches": per_call[name][0] / share,
             "dependent": per_call[name][1] / share,
         }
-    print(f"{'':32}{'min µs':>9}{'median µs':>11}{'Triton launches':>17}{'dependent':>11}")
+    print(f"{'':48}{'min µs':>9}{'median µs':>11}{'Triton launches':>17}{'dependent':>11}")
     for name, row in rows.items():
-        print(f"{name:32}{row['min']:9.1f}{row['median']:11.1f}{row['launches']:17.3g}{row['dependent']:11.3g}")
+        print(f"{name:48}{row['min']:9.1f}{row['median']:11.1f}{row['launches']:17.3g}{row['dependent']:11.3g}")
     if args.json:
         Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,6 +1,5 @@
 """Steps repeated from recipes: gradients, what is frozen in between, and what autograd refuses."""
 
-import contextlib
 import functools
 
 import torch
@@ -8,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from benchmarks.overhead import _vit, trained
+from benchmarks.overhead import _vit, autocast, trained
 from fastvit import functional as F
 from tests.launch_scenarios.harness import (
     SCENARIOS,
@@ -54,18 +53,6 @@ def a_block_trains():
         assert block(x).grad_fn.name() != "BlockBackward"
 
 
-@contextlib.contextmanager
-def autocast(dtype=torch.float16):
-    before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", before)
-
-
 @scenario
 def a_block_trains_under_autocast():
     block, x = block_of_a_vit()
@@ -74,7 +61,7 @@ def a_block_trains_under_autocast():
     leaves = (x, *block.parameters())
 
     def forward():
-        with autocast():
+        with autocast(torch.float16):
             return block(x)
 
     trains_again(forward, leaves)
