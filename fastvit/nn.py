@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _checks, functional
+from .backend import resolve
+from .ops import block as one_block
 
 GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
@@ -215,8 +217,9 @@ class DropPath(nn.Module):
 class EncoderBlock(nn.Module):
     """z' = MHA(LN(z)) + z and z'' = MLP(LN(z')) + z' (Dosovitskiy et al. 2021, eqs. 2 and 3).
 
-    The first sum, its LayerScale and the second norm are one operator. Input and output (B, N, C); with ``rel_pos_size`` or
-    ``window_size`` (B, H, W, C).
+    On the kernels a block of sequences is one autograd Function in training, and a small one a recipe in inference
+    (``ops.block``); elsewhere the first sum, its LayerScale and the second norm are one operator. Input and output (B, N, C);
+    with ``rel_pos_size`` or ``window_size`` (B, H, W, C).
 
     Args:
         dim, num_heads, rel_pos_size, window_size: as in ``Attention``.
@@ -260,6 +263,9 @@ class EncoderBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, input: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        out = None if attn_mask is not None or is_causal or torch.compiler.is_compiling() else self._at_once(input)
+        if out is not None:
+            return out
         branch = self.drop_path(self.attn(self.norm1(input), attn_mask, is_causal))
         norm, scale = self.norm2, self.ls1
         scaled = _is_plain(scale, LayerScale)
@@ -271,10 +277,31 @@ class EncoderBlock(nn.Module):
             normed = norm(total)
         return total + self.ls2(self.drop_path(self.mlp(normed)))
 
+    def _at_once(self, input: Tensor) -> Tensor | None:
+        """The output by one Function or one recipe; None where it has none now."""
+        attn, mlp, norms, scales = self.attn, self.mlp, (self.norm1, self.norm2), (self.ls1, self.ls2)
+        if not (_is_plain(attn, Attention) and _is_plain(mlp, MLP) and _is_plain(self.drop_path, DropPath)) or attn.on_grid:
+            return None
+        linears = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
+        if not all(_is_plain(linear, Linear) for linear in linears) or not all(_is_plain(norm, LayerNorm) for norm in norms):
+            return None
+        if not all(_is_plain(scale, LayerScale, nn.Identity) for scale in scales) or not isinstance(input, Tensor):
+            return None
+        if mlp.activation is None or any(norm.statistics != "token" for norm in norms) or resolve(input) != "triton":
+            return None
+        gamma1, gamma2 = (scale.gamma if isinstance(scale, LayerScale) else None for scale in scales)
+        norm1, norm2, qkv, proj, fc1, fc2 = ((m.weight, m.bias) for m in (*norms, *linears))
+        tensors = [input, *norm1, *proj, gamma1, *norm2, *fc1, *fc2, gamma2, *qkv]
+        options = one_block.Options(attn.num_heads, norms[0].eps, norms[1].eps, attn.scale, mlp.activation)
+        drops = self.drop_path if self.drop_path.training and self.drop_path.rate else None
+        if torch.is_grad_enabled():
+            return one_block.block(tensors, options, (drops, drops))
+        return one_block.infer(tensors, options, None, None) if drops is None else None
 
-def _is_plain(module: nn.Module, kind: type) -> bool:
+
+def _is_plain(module: nn.Module, *kinds: type) -> bool:
     """Whether a child is what it was made as and no hook looks at it, so that its parameters say all that it does."""
-    if type(module) is not kind or "forward" in module.__dict__:
+    if type(module) not in kinds or "forward" in module.__dict__:
         return False
     if any(getattr(nn.modules.module, name) for name in GLOBAL_HOOKS):
         return False

@@ -183,6 +183,27 @@ def test_a_block_drops_each_branch_by_itself():
     assert torch.equal(first, block(x))
 
 
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}, {"drop_path": 0.5}], ids=str)
+def test_on_the_kernels_a_block_that_trains_is_one_function(options, triton_backend, device):
+    block = perturb(EncoderBlock(32, 2, mlp_ratio=1.0, **options)).to(device).train()
+    x = tokens(3, 5, 32).to(device).requires_grad_()
+
+    def gradients(one: bool) -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        out = block(x)
+        assert (out.grad_fn.name() == "BlockBackward") == one
+        return [out, *torch.autograd.grad(out.square().sum(), (x, *block.parameters()))]
+
+    once = gradients(True)
+    block.ls1.register_forward_hook(lambda module, args, out: None)
+    for found, expected in zip(once, gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+    for extra in ({"is_causal": True}, {"attn_mask": torch.zeros(5, 5, device=device)}):
+        assert perturb(EncoderBlock(32, 2)).to(device)(x, **extra).grad_fn.name() != "BlockBackward"
+    with pytest.raises(ValueError, match="expected 3 dimensions"):
+        perturb(EncoderBlock(32, 2)).to(device)(x[0])
+
+
 def test_queries_and_keys_are_what_the_attention_uses():
     attention = perturb(Attention(32, 2))
     x = tokens(2, 5, 32)
