@@ -62,6 +62,16 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def tapes(monkeypatch):
+    """Lets tapes stand in for CUDA graphs, on the CPU."""
+    from fastvit.graphs import recorder
+    from tests.tapes import TapeRecorder
+
+    monkeypatch.setattr(TapeRecorder, "fails", None)
+    monkeypatch.setitem(recorder.RECORDERS, "cpu", TapeRecorder)
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

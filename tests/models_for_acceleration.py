@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+TOKENS, DIM, HIDDEN, DEPTH = 10, 48, 96, 3  # of timm_vit and torchvision_vit
+
 
 def perturb(model: nn.Module, seed: int = 1) -> nn.Module:
     """Moves every parameter off zeros and ones, so that a forgotten bias, norm or LayerScale shows."""
@@ -32,11 +34,22 @@ def hf_dinov2_swiglu(**options):
     return hf_dinov2(use_swiglu_ffn=True, **options)
 
 
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return perturb(VisionTransformer(24, 8, DEPTH, 3, DIM, HIDDEN, num_classes=5))
+
+
 def timm_vit(**options):
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"embed_dim": 48, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5, "init_values": 0.5}
     return perturb(VisionTransformer(img_size=24, patch_size=8, **{**sizes, **options}))
+
+
+def block_flops(batch: int, tokens: int = TOKENS, dim: int = DIM, hidden: int = HIDDEN) -> int:
+    """Two a multiply-add: four projections, scores and values, two linears."""
+    return 2 * batch * tokens * (4 * dim * dim + 2 * tokens * dim + 2 * dim * hidden)
 
 
 def timm_normed_gated(**options):
@@ -222,3 +235,17 @@ def timm_own_mlp(keep: str = "list"):
     for block in model.blocks:
         block.mlp = OwnMlp(keep)
     return model
+
+
+class Repeated(nn.Module):
+    """Runs one block as often as it is told, writing over what the block returned in between."""
+
+    def __init__(self, times: int):
+        super().__init__()
+        self.times, self.block, self.idle = times, perturb(OldViTLayer()), perturb(OldViTLayer())
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = self.block(x)
+            x += 1
+        return x

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastvit
+from tests.model_errors import relative
 from tests.models_for_acceleration import (
     MODELS,
     Encoder,
@@ -26,10 +27,6 @@ from tests.models_for_acceleration import (
 @pytest.fixture(params=MODELS)
 def model(request):
     return MODELS[request.param]()
-
-
-def relative(actual, expected) -> float:
-    return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
 def fused_everywhere(model) -> bool:

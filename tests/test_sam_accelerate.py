@@ -1,119 +1,36 @@
-"""Segment Anything of three libraries, accelerated against itself: encoder blocks on images, the mask decoder's attention."""
+"""Image encoders of three libraries' Segment Anything, accelerated against themselves."""
 
 import copy
 import pickle
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fastvit
-from fastvit._torchvision import ensure_importable
 from fastvit.integrations import handoff
 from tests.model_errors import assert_equal_gradients, gradients, relative, seeded
-from tests.models_for_acceleration import perturb, timm_vit
+from tests.models_for_acceleration import timm_vit
+from tests.sams_for_acceleration import (
+    DIM,
+    ERROR,
+    LAST,
+    SIDE,
+    assert_fused,
+    embedding,
+    encoder,
+    hf_sam,
+    image,
+    masks_of,
+    meta_encoder,
+    meta_sam,
+    prompted,
+    run,
+    timm_encoder,
+    with_tables,
+)
 
-ensure_importable()
-
-ERROR = 1e-5
-SIDE, PATCH, WINDOW, DIM = 72, 8, 4, 48  # 9 × 9 tokens: windows of 4 leave a row and a column of one
 ENCODERS = ["segment_anything", "hf_sdpa", "hf_eager", "hf_hq", "timm"]
-DECODERS = ["segment_anything", "hf_sdpa", "hf_hq"]
-LAST = "final_attn_token_to_image"
-
-
-def with_tables(model: nn.Module) -> nn.Module:
-    """No parameter at a trivial value, relative positions as strong as the scores."""
-    perturb(model)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "rel_pos" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / 2)
-    return model
-
-
-def meta_encoder(**options):
-    from segment_anything.modeling import ImageEncoderViT
-
-    sizes = {"img_size": SIDE, "patch_size": PATCH, "embed_dim": DIM, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "out_chans": 32}
-    positions = {"use_rel_pos": True, "window_size": WINDOW, "global_attn_indexes": (1,)}
-    return with_tables(ImageEncoderViT(norm_layer=partial(nn.LayerNorm, eps=1e-6), **{**sizes, **positions, **options}))
-
-
-def meta_sam(**options):
-    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-
-    grid = SIDE // PATCH
-    prompts = PromptEncoder(embed_dim=32, image_embedding_size=(grid, grid), input_image_size=(SIDE, SIDE), mask_in_chans=8)
-    transformer = TwoWayTransformer(depth=2, embedding_dim=32, mlp_dim=64, num_heads=4)
-    decoder = MaskDecoder(transformer_dim=32, transformer=transformer, iou_head_hidden_dim=32)
-    return with_tables(Sam(meta_encoder(**options), prompts, decoder))
-
-
-def hf_sam(hq: bool = False, attention: str = "sdpa", **options):
-    import transformers
-
-    prefix = "SamHQ" if hq else "Sam"
-    vision = {"hidden_size": DIM, "num_hidden_layers": 3, "num_attention_heads": 3, "mlp_dim": 96, "image_size": SIDE}
-    vision |= {"patch_size": PATCH, "window_size": WINDOW, "global_attn_indexes": [1], "output_channels": 32, "num_pos_feats": 16}
-    sizes = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 4, "iou_head_hidden_dim": 32}
-    config = getattr(transformers, f"{prefix}Config")(
-        vision_config={**vision, **options},
-        prompt_encoder_config={"hidden_size": 32, "image_size": SIDE, "patch_size": PATCH, "mask_input_channels": 8},
-        mask_decoder_config={**sizes, **({"vit_dim": DIM} if hq else {})},
-    )
-    config._attn_implementation = attention
-    return with_tables(getattr(transformers, f"{prefix}Model")(config))
-
-
-def timm_encoder(**options):
-    from timm.models.vision_transformer_sam import VisionTransformerSAM
-
-    sizes = {
-        "img_size": SIDE,
-        "patch_size": PATCH,
-        "embed_dim": DIM,
-        "depth": 3,
-        "num_heads": 3,
-        "mlp_ratio": 2,
-        "num_classes": 5,
-    }
-    positions = {"use_rel_pos": True, "window_size": WINDOW, "global_attn_indexes": (1,), "neck_chans": 32}
-    return with_tables(VisionTransformerSAM(**{**sizes, **positions, **options}))
-
-
-def encoder(key: str, **options) -> nn.Module:
-    if key == "segment_anything":
-        return meta_encoder(**options)
-    if key == "timm":
-        return timm_encoder(**options)
-    return hf_sam("hq" in key, "eager" if "eager" in key else "sdpa", **options).vision_encoder
-
-
-def image(batch: int = 2, size: int = SIDE) -> torch.Tensor:
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def embedding(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.last_hidden_state
-
-
-def run(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return embedding(model(x))
-
-
-def assert_fused(model: nn.Module, count: int) -> None:
-    found = fastvit.report(model)
-    assert found.fallbacks == {}
-    assert found.skipped == {}
-    assert len(found.replaced) == count
-
-
-# --- the image encoder --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", ENCODERS)
@@ -527,230 +444,3 @@ def test_masks_run_a_blocks_own_forward():
     assert fastvit.report(block).fallbacks == {"": "it was called with a mask, which attention on an image has none of"}
     block(x, attn_mask=None)
     assert_fused(block, 1)
-
-
-# --- the mask decoder ---------------------------------------------------------------------------------------------------
-
-
-def prompted(key: str) -> tuple[nn.Module, dict]:
-    """A whole model and a call: two images, three prompts of two points each in transformers."""
-    generator = torch.Generator().manual_seed(2)
-    points = SIDE * torch.rand(2, 3, 2, 2, generator=generator)
-    if key != "segment_anything":
-        return hf_sam("hq" in key, "eager" if "eager" in key else "sdpa"), {"pixel_values": image(), "input_points": points}
-    pictures = [255 * torch.rand(3, SIDE, size, generator=generator) for size in (SIDE, 61)]
-    labels = torch.tensor([[1, 0], [1, 1], [0, 1]])
-    prompts = [{"point_coords": p, "point_labels": labels, "original_size": (90, 80)} for p in points]
-    given = [{**prompt, "image": picture} for prompt, picture in zip(prompts, pictures, strict=True)]
-    return meta_sam(), {"batched_input": given, "multimask_output": True}
-
-
-def masks_of(output) -> torch.Tensor:
-    if isinstance(output, list):
-        return torch.cat([torch.cat([found["low_res_logits"].flatten(), found["iou_predictions"].flatten()]) for found in output])
-    return torch.cat([output.pred_masks.flatten(), output.iou_scores.flatten()])
-
-
-@pytest.mark.parametrize("key", [*DECODERS, "hf_eager"])
-def test_a_model_gives_the_masks_it_gave(key):
-    model, inputs = prompted(key)
-    with torch.no_grad():
-        expected = masks_of(model(**inputs))
-        actual = masks_of(fastvit.accelerate(model)(**inputs))
-    assert relative(actual, expected) <= ERROR
-    found = fastvit.report(model)
-    assert found.skipped == {}
-    assert len(found.replaced) == 6
-    last = f"mask_decoder.transformer.{LAST}"  # eager attention returns its weights, which fused has none of
-    eager = {last: "the attention implementation 'eager' returns the attention weights"}
-    assert found.fallbacks == (eager if key == "hf_eager" else {})
-    assert found.replaced[last] == "fused attention"
-    assert found.replaced["mask_decoder.transformer.layers.0"] == "fused attention both ways + add+LayerNorm + ReLU MLP"
-
-
-def decode(model: nn.Module, inputs: dict) -> torch.Tensor:
-    """segment_anything's model runs without gradients: its decoder by itself, for two images in a batch."""
-    if "batched_input" not in inputs:
-        return masks_of(model(**inputs))
-    embeddings = model.image_encoder(image())
-    points = inputs["batched_input"][0]["point_coords"][:2], inputs["batched_input"][0]["point_labels"][:2]
-    sparse, dense = model.prompt_encoder(points=points, boxes=None, masks=None)
-    masks, scores = model.mask_decoder(embeddings[:1], model.prompt_encoder.get_dense_pe(), sparse, dense, True)
-    return torch.cat([masks.flatten(), scores.flatten()])
-
-
-@pytest.mark.parametrize("key", DECODERS)
-def test_a_model_has_the_gradients_it_had(key):
-    model, inputs = prompted(key)
-    expected = gradients(model, inputs, lambda **inputs: decode(model, inputs))
-    assert sum("mask_decoder.transformer" in name for name in expected) == 7 * 8 + 2 * 12 + 2
-    fastvit.accelerate(model)
-    assert_equal_gradients(gradients(model, inputs, lambda **inputs: decode(model, inputs)), expected)
-    assert_fused(model, 6)
-
-
-@pytest.mark.parametrize("key", DECODERS)
-def test_a_decoder_in_bfloat16_errs_at_most_twice_as_much(key):
-    transformer = prompted(key)[0].mask_decoder.transformer
-    generator = torch.Generator().manual_seed(4)
-    if key == "segment_anything":
-        shapes = [(2, 32, 9, 9), (2, 32, 9, 9), (2, 6, 32)]
-    else:
-        shapes = [(2, 3, 6, 32), (6, 32, 9, 9), (6, 32, 9, 9)]
-    given = [torch.randn(shape, generator=generator) for shape in shapes]
-
-    def both(dtype: torch.dtype) -> torch.Tensor:
-        cast = [t.to(dtype) for t in given]
-        more = [] if key == "segment_anything" else [None]
-        with torch.no_grad():
-            return torch.cat([t.flatten() for t in transformer.to(dtype)(*cast, *more)])
-
-    exact = both(torch.float64)
-    eager = both(torch.bfloat16)
-    transformer.float()
-    fastvit.accelerate(transformer)
-    actual = both(torch.bfloat16)
-    assert_fused(transformer, 3)
-    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
-
-
-def test_decoder_attentions_are_collected_as_before():
-    model, inputs = prompted("hf_sdpa")
-    with torch.no_grad():
-        expected = model(**inputs, output_attentions=True).mask_decoder_attentions
-        actual = fastvit.accelerate(model)(**inputs, output_attentions=True).mask_decoder_attentions
-    assert len(expected) == 2
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert relative(ours, theirs) <= ERROR
-    assert not any("mask_decoder" in name for name in fastvit.report(model).fallbacks)
-    assert len(fastvit.report(model).replaced) == 6
-
-
-def test_similarities_and_targets_run_the_models_own_forward():
-    model, inputs = prompted("hf_sdpa")
-    similarity, target = torch.randn(2, 1, 1, 81), torch.randn(2, 1, 1, 32)
-    with torch.no_grad():
-        embeddings = model.get_image_embeddings(inputs["pixel_values"])
-        call = {"image_embeddings": embeddings, "input_points": inputs["input_points"][:, :1], "target_embedding": target}
-        expected = masks_of(model(**call, attention_similarity=similarity))
-        fastvit.accelerate(model)
-        assert relative(masks_of(model(**call, attention_similarity=similarity)), expected) <= ERROR
-        reasons = fastvit.report(model).fallbacks
-        assert reasons == {f"mask_decoder.transformer.layers.{i}": "it was called with attention_similarity" for i in (0, 1)}
-        model(**call)
-    assert_fused(model, 6)
-
-
-def test_a_decoder_in_training_copied_and_under_hooks():
-    model, inputs = prompted("segment_anything")
-    expected = decode(model, inputs).detach()
-    twin = copy.deepcopy(fastvit.accelerate(model))
-    assert relative(decode(twin.train(), inputs).detach(), expected) <= ERROR
-    assert_fused(twin, 6)
-    twin.mask_decoder.transformer.layers[1].self_attn.k_proj.register_forward_hook(lambda *_: None)
-    assert relative(decode(twin, inputs).detach(), expected) <= ERROR
-    assert fastvit.report(twin).fallbacks == {"mask_decoder.transformer.layers.1": "self_attn.k_proj has forward hooks"}
-
-
-@pytest.mark.slow
-def test_a_decoder_compiles_in_one_graph():
-    model, inputs = prompted("segment_anything")
-    expected = decode(model, inputs).detach()
-    transformer = fastvit.accelerate(model.mask_decoder).transformer
-    model.mask_decoder.transformer = torch.compile(transformer, fullgraph=True, backend="aot_eager")
-    assert relative(decode(model, inputs).detach(), expected) <= ERROR
-
-
-@pytest.mark.parametrize("key", DECODERS)
-def test_a_model_under_autocast(key):
-    model, inputs = prompted(key)
-    with torch.no_grad():
-        exact = masks_of(model(**inputs))
-        with torch.autocast("cpu", torch.bfloat16):
-            eager = masks_of(model(**inputs))
-            actual = masks_of(fastvit.accelerate(model)(**inputs))
-    assert_fused(model, 6)
-    assert actual.dtype == eager.dtype
-    assert relative(actual, exact) <= 2 * relative(eager, exact) + torch.finfo(torch.bfloat16).eps / 2
-
-
-def test_calls_that_only_the_original_serves():
-    """Sizes that broadcast, and attention that drops weights in training (SAM 2's has a rate)."""
-    from segment_anything.modeling.transformer import Attention
-
-    class Dropping(Attention):
-        dropout_p = 0.5
-
-        def forward(self, q, k, v):
-            return super().forward(q, k, nn.functional.dropout(v, self.dropout_p, self.training))
-
-    attention = with_tables(Dropping(32, 4, downsample_rate=2))
-    generator = torch.Generator().manual_seed(6)
-    query, key, one = (torch.randn(batch, 5, 32, generator=generator) for batch in (3, 3, 1))
-    expected = [attention(query, key, key).detach(), attention(query, one, one).detach()]
-    fastvit.accelerate(attention)
-    assert relative(attention(q=query, k=key, v=key).detach(), expected[0]) <= ERROR
-    assert_fused(attention, 1)
-    assert torch.equal(attention(query, one, one).detach(), expected[1])
-    assert "not of one batch" in fastvit.report(attention).fallbacks[""]
-    attention.train()
-    attention(query, key, key)
-    assert fastvit.report(attention).fallbacks == {"": "dropout of the attention weights is active"}
-
-    block = prompted("segment_anything")[0].mask_decoder.transformer.layers[1]
-    tokens, image_tokens, positions = (torch.randn(shape, generator=generator) for shape in ((3, 5, 32), (3, 9, 32), (1, 9, 32)))
-    expected = block(tokens, image_tokens, tokens, positions)
-    fastvit.accelerate(block)
-    for ours, theirs in zip(block(tokens, image_tokens, tokens, positions), expected, strict=True):
-        assert relative(ours, theirs) <= ERROR
-    assert fastvit.report(block).fallbacks == {"": "positions are not of the shape of what they are added to"}
-
-
-def test_a_changed_decoder_is_left_alone_or_runs_its_own_forward():
-    from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
-
-    class Unscaled(Attention):
-        def forward(self, q, k, v):
-            return super().forward(4 * q, k, v)
-
-    class Other(TwoWayAttentionBlock):
-        def forward(self, queries, keys, query_pe, key_pe):
-            queries, keys = super().forward(queries, keys, query_pe, key_pe)
-            return queries, keys + query_pe.sum()
-
-    model, inputs = prompted("segment_anything")
-    transformer = model.mask_decoder.transformer
-    transformer.final_attn_token_to_image.__class__ = Unscaled
-    transformer.layers[0].__class__ = Other
-    expected = decode(model, inputs).detach()
-    found = fastvit.report(fastvit.accelerate(model))
-    assert relative(decode(model, inputs).detach(), expected) <= ERROR
-    names = {f"mask_decoder.transformer.{name}" for name in ("final_attn_token_to_image", "layers.0")}
-    assert names == found.skipped.keys()
-    assert "mask_decoder.transformer.layers.0.self_attn" in found.replaced  # its attentions are served by themselves
-    transformer.layers[1].mlp.act = nn.GELU()
-    decode(model, inputs)
-    assert fastvit.report(model).fallbacks == {"mask_decoder.transformer.layers.1": "mlp.act is now a GELU (it was a ReLU)"}
-
-
-def test_a_predictor_finds_the_same_masks_on_a_photograph():
-    from segment_anything import SamPredictor
-    from skimage.data import chelsea
-
-    model = meta_sam()
-    predictor = SamPredictor(model)
-
-    def predict() -> tuple[np.ndarray, np.ndarray]:
-        predictor.set_image(chelsea())
-        points, labels = np.array([[150, 220], [300, 100]]), np.array([1, 0])
-        return predictor.predict(points, labels, box=np.array([40, 30, 400, 280]))[:2]
-
-    masks, scores = predict()
-    fastvit.accelerate(model)
-    again, scores_again = predict()
-    assert_fused(model, 6)
-    assert masks.any()
-    assert not masks.all()
-    union = (masks | again).sum()
-    assert (masks & again).sum() >= 0.999 * union
-    assert np.abs(scores - scores_again).max() <= ERROR
