@@ -28,6 +28,7 @@ WAYS = {
     "rotary_attention": ("kernel", "sdpa"),
     "image_attention": ("kernel",),
     "linear": ("kernel", "vendor", "vendor_fused"),
+    "linear_add_norm": ("kernel", "vendor"),
     "linear_8bit": ("kernel", "vendor"),
 }
 

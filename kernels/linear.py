@@ -70,6 +70,7 @@ def _linear(
         split = tl.program_id(1)
         first_k = split * depth
         last_k = tl.minimum(first_k + depth, K)
+        tl.assume(first_k < last_k)  # a loop that might not run would keep its products from overlapping
         out_ptr += split.to(tl.int64) * M * N
     if sums_ptr is not None:
         sums_ptr += tile_m.to(tl.int64) * N

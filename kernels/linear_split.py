@@ -95,6 +95,30 @@ def _splits_of(target: str, backward: bool, element_size: int, rows: int, column
     return triton.cdiv(steps, triton.cdiv(steps, best)) if best > 1 else 1
 
 
+def launch_parts(op: str, row: dict[str, int], a: torch.Tensor, b: torch.Tensor, partial: torch.Tensor) -> None:
+    """Fills partial [parts, M, N], contiguous float32, each with the sum over its part of K; ``row``: of ``op`` in the tables."""
+    parts, _, n = partial.shape
+    launch(
+        op,
+        _linear,
+        (tiles(a, b, row), parts),
+        a,
+        row,
+        bias_ptr=None,
+        pre_ptr=None,
+        out_ptr=partial,
+        hidden_ptr=None,
+        sums_ptr=None,
+        depth=triton.cdiv(triton.cdiv(a.shape[-1], row["BLOCK_K"]), parts) * row["BLOCK_K"],
+        stride_pre_m=0,
+        stride_out_m=n,
+        SPLIT=True,
+        ACTIVATION="none",
+        BACKWARD=False,
+        **operands(a, b, row),
+    )
+
+
 @planned
 def launch_linear_split(
     a: torch.Tensor,
@@ -111,25 +135,7 @@ def launch_linear_split(
     """Fills what ``launch_linear`` fills; partial [splits, M, N], contiguous float32, is scratch."""
     splits, m, n = partial.shape
     op, row = row_for(a, b, backward)
-    launch(
-        op,
-        _linear,
-        (tiles(a, b, row), splits),
-        a,
-        row,
-        bias_ptr=None,
-        pre_ptr=None,
-        out_ptr=partial,
-        hidden_ptr=None,
-        sums_ptr=None,
-        depth=triton.cdiv(triton.cdiv(a.shape[-1], row["BLOCK_K"]), splits) * row["BLOCK_K"],
-        stride_pre_m=0,
-        stride_out_m=n,
-        SPLIT=True,
-        ACTIVATION="none",
-        BACKWARD=False,
-        **operands(a, b, row),
-    )
+    launch_parts(op, row, a, b, partial)
     adding = config("linear_split", target_of(a))
     launch(
         "linear_split",

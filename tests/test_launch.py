@@ -23,6 +23,7 @@ NAMES = [
     "a_block_trains_under_autocast",
     "a_block_trains_with_stochastic_depth",
     "blocks_infer",
+    "blocks_infer_with_sums_and_norms_in_their_products",
     "eight_bits",
     "a_blocks_parameters_frozen_and_thawed",
     "a_block_lets_go_of_what_it_saved",

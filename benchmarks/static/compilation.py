@@ -26,6 +26,7 @@ TARGETS = {name: name for name in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942
 MATRIX_OPS = (
     "linear",
     "linear_backward",
+    "linear_split_norm",
     "linear_fp8",
     "linear_fp8_quantized",
     "linear_int8",

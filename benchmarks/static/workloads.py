@@ -16,6 +16,7 @@ from fastvit.ops import glu as glu_op
 from fastvit.ops import image_attention as image_attention_op
 from fastvit.ops import layer_norm as layer_norm_op
 from fastvit.ops import linear as linear_op
+from fastvit.ops import linear_norm as linear_norm_op
 from fastvit.ops import quantized as quantized_op
 from fastvit.ops import rotary as rotary_op
 from fastvit.ops import rotary_attention as rotary_attention_op
@@ -79,6 +80,16 @@ def _add_layer_norm(channels: int, dtype: torch.dtype = HALF) -> None:
 def _linear(rows: int, dtype: torch.dtype = HALF, activation: str | None = None, columns: int = 3072) -> None:
     x, weight, bias = _meta(rows, 768, dtype=dtype), _meta(columns, 768, dtype=dtype), _meta(columns, dtype=dtype)
     linear_op.linear_forward(x, weight, bias, activation, False)
+
+
+def _linear_add_norm(columns: int, depth: int, rows: int = 197, dtype: torch.dtype = HALF, last: bool = False) -> None:
+    """proj or fc2 of one image, the sum and its norm; ``last``: the sum alone, no LayerScale."""
+    x, weight, residual = _meta(rows, depth, dtype=dtype), _meta(columns, depth, dtype=dtype), _meta(rows, columns, dtype=dtype)
+    vector = _meta(columns, dtype=dtype)
+    if last:
+        linear_norm_op.linear_add_norm_forward(x, weight, vector, residual, None, None, None, None)
+    else:
+        linear_norm_op.linear_add_norm_forward(x, weight, vector, residual, vector, vector, vector, 1e-6)
 
 
 def _linear_training(rows: int, dtype: torch.dtype, activation: str) -> None:
@@ -230,6 +241,11 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
+
+    for columns, depth in ((384, 384), (768, 768), (384, 1536), (768, 3072), (1280, 5120), (2560, 8192)):
+        yield f"linear_add_norm bf16 N={columns} K={depth}", partial(_linear_add_norm, columns, depth)
+    yield "linear_add_norm bf16 N=768 K=3072, the sum alone", partial(_linear_add_norm, 768, 3072, last=True)
+    yield "linear_add_norm fp32 N=768 K=3072", partial(_linear_add_norm, 768, 3072, 37, SINGLE)
 
     for name, dtype in quantized_op.FORMATS.items():
         if f"linear_{name}" not in table(target)["ops"]:

@@ -6,7 +6,8 @@ Saved is what the operators' own Functions save, and gradients come from their b
 that autograd would make: the gradients of query, key and value are written side by side, as their projection's backward reads
 them, and the gradient that goes past a branch is added in the norm's kernel. Whether a call is served depends on nothing that
 may change before a checkpoint computes it again, a profiler or a function mode for one; a dispatch mode, which has to see
-operators, must be in force both times or neither. In inference a small block is one recipe, no more.
+operators, must be in force both times or neither. In inference a small block is one recipe, whose sums and norms may be made by
+what finishes the products before them (``linear_norm``).
 Under autocast, in training, z, sums and norms' parameters are float32 and products are computed in autocast's dtype, as by the
 operators; norms write that dtype at once, backward has the weights as forward cast them (``_casts``), and gradients of float32
 weights are float32 as they are summed up. Stochastic depth multiplies a branch's samples by what it is given.
@@ -28,6 +29,7 @@ from .attention import attention_forward
 from .block_backward import FIXED, block_backward, heads_of, rows_of
 from .layer_norm import add_layer_norm_forward, layer_norm_forward
 from .linear import linear_forward, mlp_forward
+from .linear_norm import linear_add_norm_forward
 
 SMALL = 2**22  # elements of z: 100 µs of a GPU's time and more beyond that (at 768 channels and 790 TFLOP/s)
 
@@ -41,54 +43,61 @@ class Options(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """What a block comes to on its way to the last sum; statistics, lse and pre are None unless they are to be saved."""
+    """What a block comes to in training on its way to the last sum."""
 
     normalized: Tensor
-    mean1: Tensor | None
-    rstd1: Tensor | None
+    mean1: Tensor
+    rstd1: Tensor
     attended: Tensor
-    lse: Tensor | None
+    lse: Tensor
     branch: Tensor
     normalized2: Tensor
     total: Tensor
-    mean2: Tensor | None
-    rstd2: Tensor | None
-    pre: Tensor | None
+    mean2: Tensor
+    rstd2: Tensor
+    pre: Tensor
     mlp: Tensor
     projected: list[Tensor]
 
 
-def _steps(save: bool, normalized: Tensor | None, tensors: Sequence[Any], options: Options, mask1: Tensor | None) -> _Steps:
-    """``normalized``: LN(z) where it is there already; ``mask1``: see ``block_forward``."""
-    x, norm1_weight, norm1_bias, out_weight, out_bias, scale1, norm2_weight, norm2_bias = tensors[:8]
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
-    heads, eps1, eps2, scale, activation = options
-    _checks.check_layer_norm(x, norm1_weight, norm1_bias, eps1, "token")
+def _attend(save: bool, normalized: Tensor | None, tensors: Sequence[Any], options: Options) -> tuple[Any, ...]:
+    """LN(z), its mean and rstd, what attention gives, its lse, and what was projected; statistics and lse None unless ``save``.
+    ``normalized``: LN(z) where it is there already."""
+    x, norm1_weight, norm1_bias, out_weight = tensors[:4]
+    _checks.check_layer_norm(x, norm1_weight, norm1_bias, options.eps1, "token")
     mean1 = rstd1 = None
-    dtype = out_weight.dtype
     if normalized is None:
-        normalized, mean1, rstd1 = layer_norm_forward(x, norm1_weight, norm1_bias, eps1, "token", save, dtype)
+        normalized, mean1, rstd1 = layer_norm_forward(x, norm1_weight, norm1_bias, options.eps1, "token", save, out_weight.dtype)
     projected = []
     for weight, bias in zip(tensors[FIXED::2], tensors[FIXED + 1 :: 2], strict=True):
         _checks.check_linear(normalized, weight, bias, None)
         projected.append(linear_forward(normalized, weight, bias, None, False)[0])
-    query, key, value = heads_of(projected, heads)
-    _checks.check_attention(query, key, value, None, None, None, False, scale)
-    attended, lse = attention_forward(query, key, value, None, None, None, False, scale, save)
+    query, key, value = heads_of(projected, options.heads)
+    _checks.check_attention(query, key, value, None, None, None, False, options.scale)
+    attended, lse = attention_forward(query, key, value, None, None, None, False, options.scale, save)
+    return normalized, mean1, rstd1, attended, lse, projected
+
+
+def _steps(tensors: Sequence[Any], options: Options, mask1: Tensor | None) -> _Steps:
+    """``mask1``: see ``block_forward``."""
+    x, out_weight, out_bias, scale1, norm2_weight, norm2_bias = tensors[0], *tensors[3:8]
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
+    eps2, activation, dtype = options.eps2, options.activation, out_weight.dtype
+    normalized, mean1, rstd1, attended, lse, projected = _attend(True, None, tensors, options)
     rows = rows_of(attended)
     _checks.check_linear(rows, out_weight, out_bias, None)
     branch = linear_forward(rows, out_weight, out_bias, None, False)[0]
     if mask1 is not None:
         fill(branch, torch.mul, branch, mask1)
     _checks.check_add_layer_norm(x, branch, norm2_weight, norm2_bias, eps2, scale1)
-    normalized2, total, mean2, rstd2 = add_layer_norm_forward(x, branch, norm2_weight, norm2_bias, eps2, scale1, save, dtype)
+    normalized2, total, mean2, rstd2 = add_layer_norm_forward(x, branch, norm2_weight, norm2_bias, eps2, scale1, True, dtype)
     _checks.check_mlp(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation)
-    mlp, pre = mlp_forward(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, save)
+    mlp, pre = mlp_forward(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, True)
     _checks.check_add_layer_norm(total, mlp, None, None, eps2, scale2)
     return _Steps(normalized, mean1, rstd1, attended, lse, branch, normalized2, total, mean2, rstd2, pre, mlp, projected)
 
 
-def _sum(out: Tensor, total: Tensor, mlp: Tensor, scale2: Tensor | None, mask2: Tensor | None = None) -> Tensor:
+def _sum(out: Tensor, total: Tensor, mlp: Tensor, scale2: Tensor | None, mask2: Tensor | None) -> Tensor:
     if scale2 is not None and mask2 is not None:
         fill(mlp, torch.mul, mlp, mask2)
     factor = mask2 if scale2 is None else scale2
@@ -103,7 +112,7 @@ def block_forward(*args: Any) -> tuple:
     *first, mask1, mask2 = args
     tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
     scale1, scale2 = tensors[5], tensors[12]
-    made = _steps(True, None, tensors, options, mask1)
+    made = _steps(tensors, options, mask1)
     if scale1 is None:
         scratch(made.branch)
     kept = scale2 is not None or made.mlp.dtype != made.total.dtype  # or written over
@@ -119,15 +128,27 @@ def block_inference(*args: Any) -> Any:
     (LN(z''), z'')."""
     *first, normalized, next_weight, next_bias, next_eps = args
     tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
-    made = _steps(False, normalized, tensors, options, None)
-    for tensor in (made.attended, made.branch, made.normalized2, made.total, *made.projected):
+    x, out_weight, out_bias, scale1, *norm2 = tensors[0], *tensors[3:8]
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
+    first, *_, attended, _, projected = _attend(False, normalized, tensors, options)
+    normalized2, total = _end(rows_of(attended), out_weight, out_bias, x, scale1, *norm2, options.eps2)
+    _checks.check_mlp(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, options.activation)
+    hidden = linear_forward(normalized2, fc1_weight, fc1_bias, options.activation, False)[0]
+    for tensor in (attended, normalized2, total, hidden, *projected):
         scratch(tensor)
     if normalized is None:
-        scratch(made.normalized)
-    if next_eps is None:
-        return _sum(made.mlp, made.total, made.mlp, tensors[12])
-    scratch(made.mlp)
-    return add_layer_norm_forward(made.total, made.mlp, next_weight, next_bias, next_eps, tensors[12], False)[:2]
+        scratch(first)
+    out = _end(hidden, fc2_weight, fc2_bias, total, scale2, next_weight, next_bias, next_eps)
+    return out[1] if next_eps is None else out
+
+
+def _end(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, *norm: Any) -> Any:
+    """``linear_add_norm_forward`` of arguments that it has checked."""
+    norm_weight, norm_bias, eps = norm
+    _checks.check_linear(x, weight, bias, None)
+    branch = x.new_empty(1).expand(*x.shape[:-1], weight.shape[0])  # for its shape
+    _checks.check_add_layer_norm(residual, branch, norm_weight, norm_bias, eps or 0.0, scale)
+    return linear_add_norm_forward(x, weight, bias, residual, scale, norm_weight, norm_bias, eps)
 
 
 def _call_backward(*args: Any) -> tuple:
@@ -209,13 +230,16 @@ def _linears(tensors: list[Any]) -> list[int]:
 
 def infer(tensors: list[Any], options: Options, normalized: Tensor | None, following: tuple | None) -> Any:
     """What ``block_inference`` returns, ``following`` being weight, bias and eps of the norm to end with; None where no recipe
-    does it, which is all that this is for: a block of ``SMALL`` tensors, whose calls take the GPU less time than the CPU."""
+    does it, which is all that this is for: a block of ``SMALL`` tensors, whose calls take the GPU less time than the CPU. Who
+    collects decisions is told those of the recipe."""
     x = tensors[0]
     if x.numel() > SMALL or torch.is_autocast_enabled("cuda") or forward_ad._current_level >= 0:
         return None
-    if not x.is_cuda or not nothing_between() or not _recipes.undisturbed():
+    if not x.is_cuda or not nothing_between():
         return None
     args = (*tensors, *options, normalized, *(following or (None, None, None)))
+    if not _recipes.undisturbed():
+        return block_inference(*args) if dispatch.collecting() and _serves(tensors, options, normalized) else None
     seen = _recipes.signature_of(block_inference, args)
     recipe = None if seen is None else _recipes.find(seen.key)
     if seen is None or recipe is None:

@@ -111,6 +111,19 @@ def linear_by(way: str, input: Tensor, weight: Tensor, bias: Tensor | None, acti
     return torch_backend.linear(input, weight, bias, activation)
 
 
+def linear_add_norm(a: Tensor, b: Tensor) -> str:
+    """``"kernel"``, or ``"vendor"`` for whatever serves the product a [M, K] · b [N, K]ᵀ alone, sum and norm after it."""
+    if get_backend() != "auto":
+        return "kernel"
+    outputs, width = b.shape
+    rows = a.numel() // max(width, 1)
+    signature = ("linear_add_norm", a.get_device(), a.dtype, rows, outputs, width)
+    if not torch.compiler.is_compiling() and _is_decided(signature):
+        return _decided[signature]
+    dtype = "float32" if a.dtype == torch.float32 else "half"
+    return _way("linear_add_norm", a, {"dtype": dtype, "rows": rows, "width": width, "outputs": outputs}, signature)
+
+
 def linear_8bit(input: Tensor, outputs: int, adds: bool) -> str:
     """``"kernel"`` or ``"vendor"`` for e4m3 input (..., K) with a scale a row, to ``outputs`` columns of bfloat16; ``adds``: to a
     residual. What PyTorch's product does not compute is not asked."""

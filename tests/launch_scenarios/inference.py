@@ -42,6 +42,18 @@ def blocks_infer():
 
 
 @scenario
+def blocks_infer_with_sums_and_norms_in_their_products():
+    model = _vit(depth=2, num_classes=0, mlp_ratio=16)
+    fastvit.accelerate(model)
+    with torch.no_grad():
+        noted, _ = repeated(lambda: model.blocks(fresh(1, 4, 32)), scratch=True)
+        assert [launch[0] for launch in noted].count("_add_up_norm") == 2
+        with dispatch.collect() as found:
+            model.blocks(fresh(1, 4, 32))
+    assert found["linear_add_norm: half, rows 4, width 512, outputs 32"].startswith("kernel: ")
+
+
+@scenario
 def eight_bits():
     x, branch, w, b = fresh(2, 4, 256), fresh(2, 4, 256), fresh(256), fresh(256)
     weight = quantized.quantize_weight(fresh(256, 256), quantized.E4M3, b)
