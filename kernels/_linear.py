@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ._math import activate, activation_derivative
+from ._pdl import wait
 
 
 @triton.jit
@@ -55,8 +56,10 @@ def products(
     EVEN_K: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ):
-    """A · Bᵀ of the rows ``m`` and columns ``n`` (int64) of a tile, summed over [first_k, last_k) in float32."""
+    """A · Bᵀ of the rows ``m`` and columns ``n`` (int64) of a tile, summed over [first_k, last_k) in float32. PDL: waits for the
+    kernels ahead when its addresses are made."""
     # Rows beyond the edge read the last row instead: no mask in the loop, and their results are never stored. A transposed
     # operand is masked, since clamping would hide from the compiler that its rows are adjacent in memory.
     a_row = m if A_TRANSPOSED else tl.minimum(m, M - 1)
@@ -65,6 +68,8 @@ def products(
     a_ptrs = a_ptr + a_row[:, None] * stride_a_m + k[None, :] * stride_a_k
     b_ptrs = b_ptr + b_row[None, :] * stride_b_n + k[:, None] * stride_b_k
     acc = tl.zeros([m.shape[0], n.shape[0]], dtype=tl.float32)
+    if PDL:
+        wait()
     for start in range(first_k, last_k, BLOCK_K):
         offset = tl.cast(start, tl.int64)
         a = load_operand(a_ptrs + offset * stride_a_k, (m < M)[:, None], (k < K - start)[None, :], A_TRANSPOSED, EVEN_K)

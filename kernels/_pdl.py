@@ -22,10 +22,20 @@ def wait():
 
 @triton.jit
 def prefetch(ptrs):
-    """Asks for the lines at ``ptrs``, a tensor of addresses that exist, in the L2 cache, where later writes reach them."""
+    """Asks for the lines at ``ptrs``, addresses that exist, in the L2 cache, where later writes reach them."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // $0", "=r,l", [ptrs.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
     )
+
+
+@triton.jit
+def wait_with(a_ptr, b_ptr, c_ptr):
+    """``wait`` with three addresses made: left to itself the compiler puts what makes them, divisions among it, after the wait.
+    So a line of each is asked for, which the kernel ahead may be writing: in the L2 cache that is one and the same line."""
+    prefetch(a_ptr)
+    prefetch(b_ptr)
+    prefetch(c_ptr)
+    wait()
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton.language as tl
 from ._attention import eights, load_mask, load_tile, softmax_step, store_tile
 from ._attention_arguments import forward_arguments, row_for
 from ._launch import launch
-from ._pdl import wait
+from ._pdl import wait_with
 from ._plans import planned
 from .attention_short import launch_attention_short, serves
 
@@ -176,7 +176,7 @@ def _attention_forward(
             mask_ptr += tl.minimum(row, queries - 1)[:, None] * stride_mask_row
 
     if PDL:
-        wait()
+        wait_with(q_ptr, k_ptr, v_ptr)
     q = load_tile(q_ptr, row, queries, stride_q_row, 0, MAIN, DIM, True)
     q_tail = q
     if TAIL > 0:

@@ -18,7 +18,7 @@ import triton.language as tl
 from ._attention import MIN_DOT, load_tile, split_head_dim, store_tile
 from ._attention_arguments import forward_arguments
 from ._launch import launch, target_of
-from ._pdl import wait
+from ._pdl import wait_with
 from ._tuning import config
 
 
@@ -129,7 +129,7 @@ def _attention_short(
     factor = tl.maximum(tl.abs(scale), 1e-37) * 1.4426950408889634
 
     if PDL:
-        wait()
+        wait_with(q_ptr, k_ptr, v_ptr)
     LAST: tl.constexpr = 1 if SECOND == 0 else (2 if THIRD == 0 else 3)
     k0, k0_tail = _load_piece(k_ptr, 0, keys, stride_k_row, FIRST, MAIN, TAIL, DIM, LAST == 1 and not EVEN)
     v0, v0_tail = _load_piece(v_ptr, 0, keys, stride_v_row, FIRST, VALUE_MAIN, VALUE_TAIL, VALUE_DIM, LAST == 1 and not EVEN)

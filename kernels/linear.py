@@ -21,7 +21,7 @@ import triton.language as tl
 from ._launch import as_matrix, input_precision, launch, row_stride, target_of
 from ._linear import finish, place, products
 from ._math import activation_derivative
-from ._pdl import prefetch_rows, prefetch_vector, wait
+from ._pdl import prefetch_rows, prefetch_vector
 from ._plans import planned
 from ._tuning import config
 from .linear_persistent import _linear_persistent, programs_of
@@ -78,10 +78,9 @@ def _linear(
         if not B_TRANSPOSED:
             prefetch_rows(b_ptr, tl.minimum(n, N - 1), stride_b_n, first_k, last_k, tile_m, tl.cdiv(M, BLOCK_M))
         prefetch_vector(bias_ptr, tile_n * BLOCK_N, N, BLOCK_N)
-        wait()
     # fmt: off
     acc = products(a_ptr, b_ptr, m, n, M, N, K, first_k, last_k, stride_a_m, stride_a_k, stride_b_n, stride_b_k,
-                   A_TRANSPOSED, B_TRANSPOSED, EVEN_K, INPUT_PRECISION, BLOCK_K)
+                   A_TRANSPOSED, B_TRANSPOSED, EVEN_K, INPUT_PRECISION, BLOCK_K, PDL)
     finish(acc, m, tile_n.to(tl.int64) * BLOCK_N, bias_ptr, pre_ptr, out_ptr, hidden_ptr, M, N, stride_pre_m, stride_out_m,
            ACTIVATION, BACKWARD, EXACT, HALVINGS, sums_ptr)
     # fmt: on

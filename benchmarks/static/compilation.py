@@ -190,7 +190,7 @@ class Report:
     loop: dict[str, int] | None = None
     atomics: int = 0
     dependent: bool = False  # launched by Triton while the kernel ahead runs
-    unwaited: list[str] = field(default_factory=list)  # opcodes that read or write memory before they have waited for it
+    unwaited: list[str] = field(default_factory=list)  # what it does before it has waited for that one, and must not
     error: str | None = None
 
 

@@ -54,7 +54,7 @@ def undisciplined(report: Report) -> Iterator[str]:
             yield "waits for kernels ahead or lets the next begin, and is no dependent launch"
         return
     if report.unwaited:
-        yield f"reads or writes memory before it has waited for the kernels ahead: {', '.join(report.unwaited)}"
+        yield f"has not waited for the kernels ahead before: {', '.join(report.unwaited)}"
     if waits != 1 or triggers != 1:
         yield f"waits {waits} times for the kernels ahead and lets the next begin {triggers} times, not once each"
 

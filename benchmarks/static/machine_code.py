@@ -26,9 +26,9 @@ MULTIPROCESSORS = {
     "sm_120": (65536, 1536, 102400),
 }
 
-# What a dependent launch must not do before it has waited for the kernels ahead (ACQBULK): read or write global memory.
-# Prefetches (CCTL, UBLKPF) are neither.
-GLOBAL_MEMORY = r"(LD|LDG|LDGSTS|LDGMC|ST|STG|STAS|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP|UBLKRED|UREDG?)(\..*)?"
+# What a dependent launch must not do before it has waited for the kernels ahead (ACQBULK): read or write global memory, or let
+# the next begin (PREEXIT). Prefetches (CCTL, UBLKPF) do neither.
+AFTER_WAITING = r"PREEXIT|(LD|LDG|LDGSTS|LDGMC|ST|STG|STAS|ATOM|ATOMG|RED|REDG|UTMA\w+|UBLKCP|UBLKRED|UREDG?)(\..*)?"
 
 MATRIX = r"(HGMMA|HMMA|UTCHMMA|QGMMA|QMMA|UTCQMMA|IGMMA|IMMA|UTCIMMA)\b.*|v_mfma_.*"
 
@@ -117,8 +117,8 @@ def count(instructions: Sequence[Instruction]) -> dict[str, int]:
 
 
 def unwaited(instructions: Sequence[Instruction]) -> list[str]:
-    """Opcodes on some way from the beginning to before the wait for kernels ahead that read or write global memory, or lead where
-    it cannot be followed. Every branch may be taken or not, and a wait with a predicate is none."""
+    """Opcodes of ``AFTER_WAITING`` on some way from the beginning that has not come to the wait for the kernels ahead, and of
+    branches that cannot be followed. Every branch may be taken or not, and a wait with a predicate is none."""
     seen, ahead, found = set(), [0], []
     while ahead:
         number = ahead.pop()
@@ -130,7 +130,7 @@ def unwaited(instructions: Sequence[Instruction]) -> list[str]:
         if kind in ("ACQBULK", "EXIT", "RET") and not instruction.guarded:
             continue
         lost = kind in ("BRX", "JMX") or (kind in ("BRA", "CALL") and instruction.leads_to is None)
-        if lost or re.fullmatch(GLOBAL_MEMORY, instruction.opcode):
+        if lost or re.fullmatch(AFTER_WAITING, instruction.opcode):
             found.append(instruction.opcode)
         ahead += [number + 1] if instruction.leads_to is None else [number + 1, instruction.leads_to]
     return sorted(found)
