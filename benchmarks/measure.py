@@ -49,9 +49,9 @@ class Timing:
 
 def summarize(samples: Sequence[float]) -> Timing:
     """The median and spread of times in milliseconds."""
-    ordered = sorted(samples)
+    ordered, last = sorted(samples), len(samples) - 1
     median = statistics.median(ordered)
-    low, high, late = (ordered[int(share * (len(ordered) - 1))] for share in (0.2, 0.8, 0.95))
+    low, high, late = ordered[int(0.2 * last)], ordered[round(0.8 * last)], ordered[round(0.95 * last)]
     return Timing(median, (high - low) / median if median else 0.0, p95_ms=late, samples=list(samples))
 
 

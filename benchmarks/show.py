@@ -110,13 +110,16 @@ def rate(per_second: float | None) -> str:
 
 
 def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
-    """Whole models: ``everyone`` a column for each contestant that was timed in any row, or else the fastest peer alone."""
+    """Whole models: ``everyone`` a column for each contestant that was timed in any row, or else the fastest peer alone.
+
+    A column of commits where rows have theirs.
+    """
     rows = list(rows)
     names = list(dict.fromkeys(name for row in rows for name in row["peers"])) if everyone else []
-    mfu, joules = (any(row.get(key) for row in rows) for key in ("mfu", "joules_an_image"))
+    mfu, joules, commits = (any(row.get(key) for row in rows) for key in ("mfu", "joules_an_image", "commit"))
     compiled = everyone and any("accelerated_compile" in row.get("ours_variants", {}) for row in rows)
     head = ["model", *(names or ["fastest peer"]), "fastvit (p95)", *["fastvit compiled"] * compiled, "images/s", "times as fast"]
-    head += ["MFU"] * mfu + ["peak memory"] + ["J an image"] * joules
+    head += ["MFU"] * mfu + ["peak memory"] + ["J an image"] * joules + ["commit"] * commits
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         best = results.fastest_peer(row)
@@ -137,6 +140,7 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
         if joules:
             theirs = row.get("peers_joules_an_image", {}).get(best)
             cells += [" → ".join("–" if energy is None else f"{energy:.3g}" for energy in (theirs, row.get("joules_an_image")))]
+        cells += [row.get("commit", "–")] * commits
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

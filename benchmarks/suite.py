@@ -42,6 +42,7 @@ WHOLE = ("models", "sam", "training", "linear_8bit", "chains", "launches", "firs
 PARTS = (*OPERATORS, *WHOLE)
 FIRST = "first"
 CPU_PARTS = ("models", *OPERATORS)
+LARGE = "large"  # whole models that take a CPU minutes each: a part that has to be asked for
 COMPILING_SHARE = 0.75  # of a part's share of the time; after it torch.compile is left out
 LIMIT_S = 150.0  # a whole model's contestant on a GPU, compiling included
 LEAST_S = 90.0  # a row of a whole model is not begun with less left
@@ -55,9 +56,11 @@ def tasks(part: str, settings: Settings) -> Iterator[Task]:
         return plan.first(lambda name: tasks(name, settings))
     if part in cases.ALL:
         return operators.tasks(part, settings)
+    if part == LARGE and settings.device == "cpu":
+        return cpu_models.tasks(settings, large=True)
     if settings.device == "cpu" and not settings.dry:
         if part != "models":
-            raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join(CPU_PARTS)}")
+            raise ValueError(f"part {part!r} is for a GPU; on a CPU there are {', '.join((*CPU_PARTS, LARGE))}")
         return cpu_models.tasks(settings)
     whole = {"models": models, "sam": sam, "training": training, "launches": launches, "first_call": first_call}
     whole |= {"linear_8bit": linear_8bit, "chains": chains}

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import goals, results, show
+from . import cpu_cases, goals, results, show
 from .results import Result
+from .settings import Settings
 
 ROOT = results.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
@@ -26,6 +27,7 @@ UNMEASURED = (
     "The kernels are compiled for five architectures and their machine code is inspected on every test run ([what was found, and",
     "what is predicted]({docs}performance.md)); `make gpu` measures them where there is a GPU.",
 )
+CPU = Settings("cpu", {})
 SNAPSHOTS = ROOT / "benchmarks" / "snapshots"
 NOT_TENSOR_CORE = {"registers", "stack", "shared", "occupancy", "spills", "instructions", "loop"}
 
@@ -44,6 +46,19 @@ def _is_model(row: results.Row) -> bool:
     return row["op"] in show.WHOLE
 
 
+def whole_models(folder: Path) -> list[tuple[Path, Result]]:
+    """The result files that have a row of a whole model newer than the others', each with those rows alone."""
+    found = [(path, results.read(path)) for path in sorted(folder.glob("[0-9]*.json")) if not path.stem.endswith("-quick")]
+    seen: set[tuple] = set()
+    kept = []
+    for path, result in sorted(found, key=lambda pair: pair[1]["date"], reverse=True):
+        rows = [row for row in result["rows"] if _is_model(row) and results.key(row) not in seen]
+        seen |= {results.key(row) for row in rows}
+        if rows:
+            kept.append((path, result | {"rows": rows}))
+    return kept
+
+
 def _caption(path: Path, result: Result, docs: bool) -> str:
     link = f"{'../' if docs else ''}{path.relative_to(ROOT)}"
     rounds = sorted({row["rounds"] for row in result["rows"] if row.get("rounds")})
@@ -52,12 +67,31 @@ def _caption(path: Path, result: Result, docs: bool) -> str:
 
 
 def cpu_models(docs: bool) -> list[str]:
-    found = newest(RESULTS / "cpu", has_models=True)
-    if found is None:
+    """Every case's newest row; where they are from several runs, each with its commit."""
+    found = whole_models(RESULTS / "cpu")
+    if not found:
         return ["Not measured."]
-    path, result = found
-    rows = [row for row in result["rows"] if row["op"] in show.WHOLE]
-    return [*show.model_table(rows), "", _caption(path, {**result, "rows": rows}, docs)]
+    if len(found) > 1:
+        found = [(path, result | {"rows": [_with_commit(row, result) for row in result["rows"]]}) for path, result in found]
+    cases = [case.title for case in (*cpu_cases.small(CPU), *cpu_cases.large(CPU))]
+    rows = [row for _, result in found for row in result["rows"]]
+    place = {title: number for number, title in enumerate(cases)}
+    rows.sort(key=lambda row: (show.WHOLE.index(row["op"]), place.get(row["case"], len(place))))
+    captions = [line for path, result in found for line in ("", _caption(path, result, docs))]
+    return [*show.model_table(show.by_batch(rows)), *_absent(rows), *captions]
+
+
+def _absent(rows: list[results.Row]) -> list[str]:
+    """Who was to run and could not."""
+    reasons = {row["case"]: {k: v for k, v in row["unavailable"].items() if v != cpu_cases.NOT_HERE} for row in rows}
+    said = [
+        f"{case}: {'; '.join(f'{name}: {reason}' for name, reason in found.items())}" for case, found in reasons.items() if found
+    ]
+    return ["", f"Could not run: {'. '.join(said)}."] if said else []
+
+
+def _with_commit(row: results.Row, result: Result) -> results.Row:
+    return row | {"commit": results.short(result["commit"])}
 
 
 def cpu_operators(docs: bool) -> list[str]:

@@ -33,9 +33,7 @@ def gradients(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
 
-def _trainer(
-    model: nn.Module, x: Tensor, target: Tensor, autocast: bool, forward: Callable | None = None
-) -> Callable[[], Tensor]:
+def trainer(model: nn.Module, x: Tensor, target: Tensor, autocast: bool, forward: Callable | None = None) -> Callable[[], Tensor]:
     """A step; it returns the gradient of the first one, since collecting it is no part of training."""
     forward = forward or model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=x.is_cuda)
@@ -70,7 +68,7 @@ def run_step(name: str, row: results.Row, settings: Settings) -> None:
     x = torch.randn(row["shape"], device=settings.device)
     with torch.no_grad():
         target = torch.randn_like(base(x))
-    exact = _trainer(copy.deepcopy(base), x, target, autocast=False)()
+    exact = trainer(copy.deepcopy(base), x, target, autocast=False)()
     plain = "eager" if name.startswith("SAM") else "sdpa"
     autotuned = functools.partial(peers.compiled, mode="max-autotune")
     variants: dict[str, Callable] = {plain: lambda model: model, "compile": peers.compiled, "compile_max_autotune": autotuned}
@@ -78,7 +76,7 @@ def run_step(name: str, row: results.Row, settings: Settings) -> None:
     def build(prepare: Callable, wrap: Callable) -> Callable[[], Callable]:
         def built() -> Callable[[], Tensor]:
             model = prepare(copy.deepcopy(base))
-            return _trainer(model, x, target, autocast=True, forward=wrap(model))
+            return trainer(model, x, target, autocast=True, forward=wrap(model))
 
         return built
 

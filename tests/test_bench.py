@@ -374,6 +374,28 @@ def test_every_marked_table_is_filled_from_the_newest_file(tmp_path, monkeypatch
         tables.filled("<!-- table: x -->\n<!-- end of table -->", docs=False)
 
 
+def test_a_cpus_table_takes_every_models_newest_row_and_says_its_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    about = {"gpu": "none", "threads": 2, "cpu": "CPU", "versions": {"torch": "2.13.0"}}
+    old, new = "timm ViT-B/16, 224 px, batch 8", "timm ViT-B/16, 224 px, batch 1"
+    runs = {"01": ("aaaaaaaaaa", [(old, 1.0), ("gone", 2.0)]), "02": ("bbbbbbbbbb", [(new, 3.0), ("gone", 4.0)])}
+    for day, (commit, cases) in runs.items():
+        rows = [
+            _row(case, ms, op="model", unavailable={"openvino": "ImportError: x"} if case == old else {}) for case, ms in cases
+        ]
+        rows.append(_row("step", 5.0, op="training"))
+        results.write(tmp_path / "cpu" / f"2026-01-{day}.json", about | {"commit": commit, "date": day, "rows": rows})
+    lines = tables.cpu_models(docs=True)
+    table = [line.split(" | ") for line in lines if line.startswith("| ")][1:]
+    assert [row[0][2:] for row in table] == [new, old, "gone", "step"]
+    assert [row[-1][:7] for row in table] == ["bbbbbbb", "aaaaaaa", "bbbbbbb", "bbbbbbb"]
+    assert f"Could not run: {old}: openvino: ImportError: x." in lines
+    assert [line.count("[File]") for line in lines].count(1) == 2
+    (tmp_path / "cpu" / "2026-01-01.json").unlink()
+    assert "commit" not in tables.cpu_models(docs=True)[0]
+
+
 def test_each_gpu_table_takes_the_newest_file_that_has_its_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "ROOT", tmp_path)

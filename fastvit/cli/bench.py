@@ -29,8 +29,9 @@ def bench(
     from ..benchmarks import plots, results, show, suite
 
     target = pick_device(device).type
-    allowed = suite.PARTS if target == "cuda" or dry_run else suite.CPU_PARTS
-    parts = tuple(part or allowed)
+    whole_run = suite.PARTS if target == "cuda" or dry_run else suite.CPU_PARTS
+    allowed = whole_run if target == "cuda" else (*whole_run, suite.LARGE)
+    parts = tuple(part or whole_run)
     for name in parts:
         if name not in allowed:
             raise UserError(f"--part {name}: expected one of {', '.join(allowed)}")
