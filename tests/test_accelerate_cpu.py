@@ -63,6 +63,7 @@ def test_accelerating_imports_no_model_library():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_functions_are_functions_whichever_loads_first():
     """``fastvit.accelerate`` was once the module of that name when another function had loaded it."""
     code = """

@@ -158,7 +158,11 @@ def test_weights_that_are_missing_end_in_one_line(jpeg, fastvit_command, tmp_pat
 
 @pytest.mark.parametrize(
     ("module", "command", "extra"),
-    [("typer", "doctor", "fastvit[cli]"), ("rich", "doctor", "fastvit[cli]"), ("matplotlib", "demo", "fastvit[demo]")],
+    [
+        ("typer", "doctor", "fastvit[cli]"),
+        pytest.param("rich", "doctor", "fastvit[cli]", marks=pytest.mark.slow),
+        ("matplotlib", "demo", "fastvit[demo]"),
+    ],
 )
 def test_a_missing_extra_is_named(module, command, extra):
     ended = in_a_process(
