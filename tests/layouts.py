@@ -35,6 +35,12 @@ def expanded(tensor: Tensor) -> Tensor:
     return tensor[:1].expand_as(tensor)
 
 
+def lay_out_each(arguments: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
+    """Each laid out; parameters of one dimension, for which most layouts are one, with gaps wherever it is not contiguous."""
+    strided = "contiguous" if layout == "contiguous" else "gaps"
+    return {name: lay_out(tensor, strided if tensor.dim() == 1 else layout) for name, tensor in arguments.items()}
+
+
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
     if layout == "contiguous":
         return tensor.contiguous()

@@ -10,7 +10,7 @@ import fastvit
 from fastvit import functional, reference
 from fastvit.ops import rotary_attention as operator
 from tests.errors import DTYPES, assert_as_exact_as_eager, run
-from tests.layouts import LAYOUTS, lay_out
+from tests.layouts import LAYOUTS, lay_out, lay_out_each
 from tests.test_offsets import _far_apart
 
 # Slow as a whole: its two halves, attention and rotation, have quick tests of their own.
@@ -146,11 +146,7 @@ def test_tables_of_another_dtype(backend, device, table):
 def test_layouts(backend, device, layout, norm):
     arguments = _arguments((3, 2, 18, 16), torch.bfloat16, device, norm)
     tables = {name: lay_out(value, layout) for name, value in _tables(17, 16, device, lead=(3,)).items()}
-    for name in arguments:
-        parameter = arguments[name].dim() == 1
-        if not parameter or layout != "contiguous":
-            arguments[name] = lay_out(arguments[name], "gaps" if parameter else layout)
-    _check(arguments, **tables, norm=norm)
+    _check(lay_out_each(arguments, layout), **tables, norm=norm)
 
 
 def test_slices_of_a_packed_projection(backend, device):
