@@ -1,6 +1,7 @@
 """How blocks are recognised, proved and refused; and what each library expects of its models."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -518,14 +519,18 @@ def test_replicas_keep_their_weights_as_plain_attributes():
 # --- on the kernels -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [old_vit, hf_dinov2, timm_vit])
+@pytest.mark.parametrize(
+    "build",
+    [old_vit, partial(hf_dinov2, num_hidden_layers=2), partial(timm_vit, depth=2)],
+    ids=["old_vit", "hf_dinov2", "timm_vit"],
+)
 def test_a_model_on_the_triton_backend(build, device, triton_backend):
     model = build().to(device)
     x = (tokens(1) if isinstance(model, Encoder) else image(1)).to(device)
     fastvit.accelerate(model)
     assert "triton" in fastvit.report(model).backend
     result = fastvit.verify(model, x)
-    assert result.fused_blocks == 3
+    assert result.fused_blocks == len(fastvit.report(model).replaced) >= 2
     assert result.relative_error <= 1e-5
 
 

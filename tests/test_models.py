@@ -36,7 +36,8 @@ def timm_twin(**options):
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 24), (16, 16), (64, 48)], ids=str)
 def test_timms_weights_give_timms_results_and_gradients(size, backend, device):
-    theirs, ours = timm_twin().to(device), small().to(device)
+    depth = 2 if size == (32, 32) else 1  # the others are about positions
+    theirs, ours = timm_twin(depth=depth).to(device), small(depth=depth).to(device)
     ours.load_state_dict(theirs.state_dict())
     x = images(1, *size).to(device)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -247,7 +248,7 @@ def test_initial_weights_are_small_and_reproducible():
             assert a.abs().max() <= 0.04, name
 
 
-@pytest.mark.parametrize("options", [{}, {"pos_embed": "sinusoidal"}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"pos_embed": "sinusoidal"}, marks=pytest.mark.slow)], ids=str)
 def test_compiles_as_one_graph_also_for_another_image_size(options, backend, device):
     model = small(depth=1, **options).to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
