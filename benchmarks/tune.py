@@ -62,7 +62,7 @@ Inspect = Callable[[Subject, str, list[dict[str, int]], float], Iterator[dict[st
 def names() -> list[str]:
     """What ``--op`` may name: the operators of the tables, and "dispatch" of those that have more than one way."""
     launched = sorted({op for target in (*_tuning.targets(), "default") for op in _tuning.committed(target)["ops"]})
-    return [*launched, *(f"dispatch {op}" for op, found in _tuning.WAYS.items() if len(found) > 1)]
+    return [*launched, *(f"dispatch {op}" for op, found in _tuning.WAYS.items() if len(found) > 1 and op not in _tuning.UNTUNED)]
 
 
 @dataclass

@@ -65,14 +65,14 @@ Snapshot = list[tuple[nn.Module, type, dict[str, Any]]]
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    keys = (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE)
+    keys = (swap.ATTRIBUTE, swap.TRACED, graphs.ATTRIBUTE, STATE)
     return [(m, type(m), {key: m.__dict__[key] for key in keys if key in m.__dict__}) for m in model.modules()]
 
 
 def revert(snapshot: Snapshot) -> None:
     for module, cls, entries in snapshot:
         dispatched.exchange_class(module, cls)
-        for key in (swap.ATTRIBUTE, graphs.ATTRIBUTE, STATE):
+        for key in (swap.ATTRIBUTE, swap.TRACED, graphs.ATTRIBUTE, STATE):
             module.__dict__.pop(key, None)
         module.__dict__.update(entries)
 

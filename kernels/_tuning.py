@@ -22,7 +22,8 @@ TABLES = Path(__file__).parent / "tables"
 USER_TABLES = "FASTVIT_TABLES"
 
 # What serves an operator on ``auto``: the kernel; PyTorch's fused attention; the vendor's product, its activation in a pass
-# afterwards, or (in inference, where that is the same function) in the product's own epilogue.
+# afterwards, or (in inference, where that is the same function) in the product's own epilogue; in what ``torch.compile`` makes of
+# a transformer block, our operators or the block's own forward.
 WAYS = {
     "attention": ("kernel", "sdpa"),
     "rotary_attention": ("kernel", "sdpa"),
@@ -30,7 +31,9 @@ WAYS = {
     "linear": ("kernel", "vendor", "vendor_fused"),
     "linear_add_norm": ("kernel", "vendor"),
     "linear_8bit": ("kernel", "vendor"),
+    "block": ("kernel", "original"),
 }
+UNTUNED = {"block"}  # compiling decides there, which nobody measures by the launch
 
 OPTIONAL = {"HALVINGS", "PDL", "maxnreg"}  # knobs that a row may lack wherever the committed ones have them: as in older tables
 

@@ -467,7 +467,7 @@ def _scale_of(parts: Parts, path: str | None) -> Any:
     """A LayerScale's one parameter, or the block's own of that name; in replicas of ``DataParallel`` a plain attribute."""
     layer_scale = parts.part(path)
     if layer_scale is None:
-        return None if path is None or "." in path or parts.child(path) is not None else getattr(parts.block, path, None)
+        return None if path is None or "." in path or parts.child(path) is not None else attribute(parts.block, path)
     for name in layouts.SCALE_PARAMETERS:
         if name in layer_scale._parameters or name in layer_scale._buffers or name in layer_scale.__dict__:
             return getattr(layer_scale, name)

@@ -163,15 +163,24 @@ def parameter(module: Any, name: str) -> Any:
 
 def attribute(module: Any, name: str, default: Any = None) -> Any:
     """``getattr`` with a default, which a module's own reaches only by raising an error."""
-    own, cls = module.__dict__, type(module)
+    own = module.__dict__
     if name in own:
         return own[name]
-    if hasattr(cls, name) or cls.__getattr__ is not nn.Module.__getattr__:
+    if _may_have(type(module), name):
         return getattr(module, name, default)
     for table in (module._parameters, module._buffers, module._modules):
         if name in table:
             return table[name]
     return default
+
+
+def _may_have(cls: Any, name: str) -> bool:
+    """Whether a class has an attribute, or finds attributes in its own way. A constant to compilers: they look for one that is
+    not there at every call, which takes Python an exception."""
+    return hasattr(cls, name) or cls.__getattr__ is not nn.Module.__getattr__
+
+
+_may_have._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend._why_not_gpu
 
 
 AnyLayout = Layout | multihead.MultiheadLayout | decoder.DecoderLayout | two_way.TwoWayLayout

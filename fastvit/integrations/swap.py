@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..ops import dispatch
+from ..ops._state import exporting
 from . import decoder, multihead, quantized, two_way
-from .block import compute, compute_decoder, compute_multihead, compute_two_way
+from .block import choose_backend, compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
@@ -20,6 +22,7 @@ from .parts import AnyLayout, Known, Layout
 from .recheck import hooked, why_not_now, why_not_parts
 
 ATTRIBUTE = "_fastvit_serving"
+TRACED = "_fastvit_traced"
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Serving:
 
     ``fallback``: why it last ran its own forward, None after a fused call. ``weights``: those of its parts that are in
     8 bits; ``note``: what the report says of its precision. ``known``: its descendants, looked up once; no copy takes them along.
+    ``elements``: in what compilers read, of a block that its compiler may be left to, those of its parameters.
     """
 
     layout: AnyLayout
@@ -36,6 +40,7 @@ class Serving:
     fallback: str | None = None
     weights: quantized.Weights | None = None
     note: str = ""
+    elements: int = 0
     known: Known | None = field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -43,8 +48,6 @@ class Serving:
 
     def look_up(self, block: nn.Module) -> Known | None:
         """The descendants of the block that carries this."""
-        if torch.compiler.is_compiling():
-            return None
         known = self.known
         if known is None or not known.holds(block):
             self.known = known = Known(block, self.layout.kinds)
@@ -91,16 +94,27 @@ def swapped_class(cls: Any, mixin: Any) -> type:
 class ServedBlock(Swapped):
     """Mixed in before a block's own class: runs the fused path where it can and the class's own forward otherwise."""
 
+    _fastvit_traced = ""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _tell_compilers(self)
+
     @staticmethod
     def forward_of(cls: Any, own_forward: Any) -> Any:
         def forward(self, *args, **kwargs):
-            serving = self.__dict__.get(ATTRIBUTE)
+            compiling = torch.compiler.is_compiling()
+            serving: Any = _as_traced(self._fastvit_traced) if compiling else None
+            if serving is None:
+                serving = self.__dict__.get(ATTRIBUTE)
             if cls.forward is not own_forward:
                 call: Any = "its class was given another forward"
             elif serving is None:
                 call = "it carries no description of its parts"
+            elif compiling and serving.elements and _is_compilers(serving, args, kwargs):
+                call = "a compiler serves it better"
             else:
-                known = serving.look_up(self)
+                known = None if compiling else serving.look_up(self)
                 call = _read(self, serving, args, kwargs, known)
             if isinstance(call, str):
                 _note(serving, call)
@@ -145,11 +159,13 @@ def is_wrapped(module: nn.Module) -> bool:
 def serve(module: nn.Module, serving: Serving) -> None:
     exchange_class(module, swapped_class(type(module), ServedBlock))
     module.__dict__[ATTRIBUTE] = serving
+    _tell_compilers(module)
 
 
 def release(module: nn.Module) -> None:
     exchange_class(module, original_class(type(module)))
     module.__dict__.pop(ATTRIBUTE, None)
+    module.__dict__.pop(TRACED, None)
 
 
 def link(module: nn.Module, following: nn.Module) -> None:
@@ -186,3 +202,42 @@ def _read(module: nn.Module, serving: Serving, args: tuple, kwargs: dict, known:
 def _note(serving: Serving | None, reason: str | None) -> None:
     if serving is not None and not torch.compiler.is_compiling() and serving.fallback != reason:
         serving.fallback = reason
+
+
+# --- what compilers read --------------------------------------------------------------------------------------------------
+#
+# A compiler checks at every call all that it read of a module's attributes, but a text in a module only when the module has
+# changed. So that is what a block carries for it: the key of what it would read otherwise, which no one changes.
+
+_keys: dict[tuple, str] = {}
+_traced: dict[str, Serving | None] = {"": None}
+
+
+def _tell_compilers(module: nn.Module) -> None:
+    """Keeps what a served module is traced by, and its key in the module; one whose linears are in 8 bits is read itself."""
+    serving: Serving | None = module.__dict__.get(ATTRIBUTE)
+    module.__dict__.pop(TRACED, None)
+    if serving is None or serving.weights is not None:
+        return
+    layout, backend = serving.layout, serving.backend
+    may_be_left = backend == "auto" and isinstance(layout, Layout) and layout.window is None
+    elements = sum(parameter.numel() for parameter in module.parameters()) if may_be_left else 0
+    key = _keys.setdefault((layout, backend, elements), str(len(_keys) + 1))
+    _traced.setdefault(key, Serving(layout, backend, elements=elements))
+    module.__dict__[TRACED] = key
+
+
+def _as_traced(key: str) -> Serving | None:
+    return _traced[key]
+
+
+_as_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backend._why_not_gpu
+
+
+def _is_compilers(serving: Serving, args: tuple, kwargs: dict) -> bool:
+    """Whether a compiler makes more of a block's own forward than of our operators: see ``dispatch.block``."""
+    layout: Any = serving.layout
+    x = args[0] if args else kwargs.get(layout.arguments[0])
+    if exporting() or not isinstance(x, Tensor) or x.dim() != 3 or choose_backend(serving.backend, x) != "triton":
+        return False
+    return dispatch.block(x, serving.elements) == "original"

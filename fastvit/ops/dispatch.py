@@ -144,6 +144,15 @@ def image_attention(qkv: Tensor, window: int) -> None:
         _way("image_attention", qkv, {"kind": "windows" if window else "global", "tokens": qkv.shape[1] * qkv.shape[2]}, ())
 
 
+def block(x: Tensor, weights: int) -> str:
+    """``"kernel"`` or ``"original"`` for a transformer block of so many weights that a compiler traces, given x (B, N, C): by our
+    operators, or by its own forward. An exported graph is to keep what is fused: nobody asks for one."""
+    if get_backend() != "auto":
+        return "kernel"
+    batch, tokens, channels = x.shape
+    return _traced("block", x, {"products": batch * tokens * (weights + 2 * tokens * channels)})
+
+
 # --- rules ----------------------------------------------------------------------------------------------------------------
 
 
