@@ -101,7 +101,8 @@ def _in_8_bits(
         reason = quantized.why_not(model.get_submodule(name), layout)
         wanted = precision.parts.get(name, frozenset()) if isinstance(precision, Accuracy) else frozenset(quantized.PARTS)
         if reason is None and wanted:
-            weights[name] = quantized.Weights(name_of_format, wanted)
+            calibrated = precision.calibrated_in(name) if isinstance(precision, Accuracy) else {}
+            weights[name] = quantized.Weights(name_of_format, wanted, calibrated)
         kept = [part for part in quantized.PARTS if part not in wanted]
         chosen = f"; in {name_of_format.upper()}: {', '.join(sorted(wanted)) or 'nothing'}"
         notes[name] = f"; in its own dtype: {reason}" if reason else chosen

@@ -5,7 +5,8 @@
 Two formats: e4m3 is ``torch.float8_e4m3fn``, 3 bits of mantissa, L = 448, no infinity (Micikevicius et al. 2022); int8 is
 symmetric, L = 127 (Jacob et al. 2018, without a zero point). Rounding is to nearest, ties to even. amax is taken over a row (a
 token, an output channel), or over each block of 128 columns of a row, or is a bound that was known before (``hidden_scale``).
-A row (block) of zeros stays zeros. A NaN or an infinity makes NaN of every product its row is in.
+A row (block) of zeros stays zeros. A NaN or an infinity makes NaN of every product its row is in. Weights may be rounded with
+their errors fed back instead, for inputs like those of a calibration (``quantize_fitted``).
 
 Sums are float32's, or where asked for a model of those that Hopper's tensor cores make of e4m3 products (``hopper_product``).
 """
@@ -21,6 +22,7 @@ FORMATS = {"fp8": E4M3, "int8": INT8}
 LARGEST = {E4M3: 448.0, INT8: 127.0}
 SMALLEST = 1e-30  # what amax counts as where it is less: keeps L / amax and the scale normal float32 numbers
 BLOCK = 128  # columns that share a scale
+DAMPING = 0.01  # of a mean square, added to every channel's where weights are fitted
 LEAST = 2.0**-4  # of a scale: four times the least number that e4m3 has all its bits for
 STEP = 32  # products that an instruction of Hopper's tensor cores adds to a sum
 FRACTION = 13  # bits after the point that it keeps
@@ -40,6 +42,32 @@ def quantize(input: Tensor, dtype: torch.dtype, block: int | None = None, given:
         values = (blocks.double() * factor).round().nan_to_num(0.0).to(INT8)
         scale = scale.masked_fill(scale.isinf(), torch.nan)
     return values.flatten(-2)[..., : input.shape[-1]], scale.squeeze(-1)
+
+
+def quantize_fitted(weight: Tensor, dtype: torch.dtype, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (N, K) → values (N, K) and ``quantize``'s scales (N, 1), for inputs with E[x · xᵀ] = ``moment`` (K, K), which
+    is their covariance where the bias takes the mean's error (Nagel et al. 2019).
+
+    Minimizes ‖(W − Ŵ) · x‖² greedily, as GPTQ does (Frantar et al. 2022): channels are rounded one by one, those that are largest
+    in x first, and what rounding channel k errs by, e, is taken out of the channels to come, w ← w − e · u_k / u_kk, where u_k is
+    the k-th row of U, Uᵀ · U = (moment + 1 % of its mean diagonal)⁻¹.
+    """
+    scale = quantize(weight, dtype)[1]
+    order = moment.diagonal().argsort(descending=True)
+    damped = moment.double()[order][:, order]
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean() + SMALLEST)
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    rest, values = weight.float()[:, order], torch.empty_like(weight, dtype=dtype)
+    for start in range(0, rest.shape[1], BLOCK):
+        block, errors = slice(start, start + BLOCK), []
+        for k in range(start, min(start + BLOCK, rest.shape[1])):
+            units = (rest[:, k] / scale[:, 0]).clamp(-LARGEST[dtype], LARGEST[dtype])
+            rounded = units.to(E4M3) if dtype == E4M3 else units.round().nan_to_num(0.0).to(INT8)
+            values[:, order[k]] = rounded
+            errors.append((rest[:, k] - rounded.float() * scale[:, 0]) / spread[k, k])
+            rest[:, block] -= errors[-1][:, None] * spread[k, block]
+        rest[:, start + BLOCK :] -= torch.stack(errors, 1) @ spread[block, start + BLOCK :]
+    return values, scale
 
 
 def dequantize(values: Tensor, scale: Tensor, block: int | None = None) -> Tensor:
@@ -84,14 +112,15 @@ def linear(
     layer_scale: Tensor | None = None,
     given: Tensor | None = None,
     promote: int | None = None,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """residual + layer_scale · activation(x · Wᵀ + bias) of input (..., K) and weight (N, K) rounded to ``dtype``, in float32.
 
     The weight has a scale an output channel, the input one a token, or with ``block`` one for every so many columns, or the
-    ``given`` one. ``promote``, of e4m3: sums are ``hopper_product``'s, and those of every so many products (0: of all; a block's
-    with ``block``) are added in float32.
+    ``given`` one. ``rounded``: values and scales that the weight was rounded to before. ``promote``, of e4m3: sums are
+    ``hopper_product``'s, and those of every so many products (0: of all; a block's with ``block``) are added in float32.
     """
-    (x, x_scale), (w, w_scale) = quantize(input, dtype, block, given), quantize(weight, dtype)
+    (x, x_scale), (w, w_scale) = quantize(input, dtype, block, given), rounded or quantize(weight, dtype)
     if promote is None:
         x, w = dequantize(x, x_scale, block), dequantize(w, w_scale)
         out = reference.linear(x, w, None if bias is None else bias.float(), activation=activation)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastvit
-from fastvit import quantization
+from fastvit import agreement, quantization
 from fastvit.integrations import swap
 from fastvit.ops import quantized
 from tests.conftest import ON_GPU
@@ -233,12 +233,12 @@ def test_parts_stay_until_the_loss_is_what_is_allowed(measured):
 
 def test_the_interval_of_a_mean():
     """Student's t: of 1, 2, 3, 4 the mean is below 2.5 + 2.353 · 1.291 / 2 with 95 % confidence; many tell nearly all."""
-    assert quantization._upper(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx(4.0188, abs=1e-4)
-    assert quantization._upper(torch.tensor([1.0, 3.0])) == pytest.approx(2 + 6.314, abs=1e-3)
-    assert quantization._upper(torch.tensor([7.0])) == 7
-    assert quantization._upper(torch.arange(21.0)) == pytest.approx(10 + 1.725 * 6.2048 / 21**0.5, abs=5e-3)
+    assert agreement.upper(torch.tensor([1.0, 2.0, 3.0, 4.0])) == pytest.approx(4.0188, abs=1e-4)
+    assert agreement.upper(torch.tensor([1.0, 3.0])) == pytest.approx(2 + 6.314, abs=1e-3)
+    assert agreement.upper(torch.tensor([7.0])) == 7
+    assert agreement.upper(torch.arange(21.0)) == pytest.approx(10 + 1.725 * 6.2048 / 21**0.5, abs=5e-3)
     draws = torch.randn(2000, 5, generator=torch.Generator().manual_seed(0))
-    assert sum(quantization._upper(row) > 0 for row in draws) / 2000 == pytest.approx(0.95, abs=0.02)
+    assert sum(agreement.upper(row) > 0 for row in draws) / 2000 == pytest.approx(0.95, abs=0.02)
 
 
 def test_pictures_that_differ_leave_more_in_the_models_dtype(measured):

@@ -10,6 +10,7 @@ module's own, which stay as they are.
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import functional
 from ..ops import quantized
-from ..reference_quantized import hidden_scale
+from ..reference_quantized import dequantize, hidden_scale, quantize_fitted
 from . import block as plain
 from . import handoff, layouts
 from .call import Call
@@ -75,20 +76,69 @@ def _place(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
+@dataclass(frozen=True, eq=False)
+class CalibratedWeight:
+    """What a linear's weight (N, K) was rounded to for inputs of a calibration.
+
+    ``bits`` (N, K): the values as bytes, since e4m3 has no pickles. ``scale`` (N, 1). ``shift`` (N,): is added to the bias, so
+    that outputs err by nothing in the mean. ``sums`` (N,): of the weight's rows, by which it is known again.
+    """
+
+    dtype: torch.dtype
+    bits: Tensor
+    scale: Tensor
+    shift: Tensor
+    sums: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype, covariance: Tensor, mean: Tensor, rounded_mean: Tensor) -> "CalibratedWeight":
+        """For inputs (..., K) of that mean (K,), and as rounded of that mean (K,) and covariance (K, K)."""
+        values, scale = quantize_fitted(weight, dtype, covariance)
+        shift = weight.float() @ mean - dequantize(values, scale) @ rounded_mean
+        return cls(dtype, values.view(torch.uint8), scale, shift, weight.float().sum(-1))
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Values (N, K) and scales (N, 1)."""
+        return self.bits.to(device).view(self.dtype), self.scale.to(device)
+
+    def bias(self, bias: Tensor | None, device: torch.device) -> Tensor:
+        shift = self.shift.to(device)
+        return shift if bias is None else bias.float() + shift
+
+    def check(self, name: str, weight: Tensor) -> None:
+        """Raises ``ValueError`` for another weight than the one that was calibrated, in bfloat16 or finer."""
+        near = 2.0**-8 * weight.float().norm().item()  # bfloat16's rounding changes sums by a fourth of it
+        if self.bits.shape != weight.shape or not (weight.float().sum(-1) - self.sums.to(weight.device)).norm().item() <= near:
+            raise ValueError(
+                f"8 bits were calibrated for another weight than {name} has now: call fastvit.quantization.accuracy again, and"
+                " accelerate with what it returns"
+            )
+
+
+def bound_of_hidden(
+    known: CalibratedWeight | None, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> Tensor | None:
+    """``hidden_scale`` of a linear as it was rounded: a calibration moves weights by more than a rounding."""
+    if known is not None:
+        weight, bias = dequantize(*known.on(weight.device)), known.bias(bias, weight.device)
+    return hidden_scale(weight, bias, norm_weight, norm_bias)
+
+
 @dataclass
 class Weights:
     """The 8-bit weights of one block, made when first called for and again when what they are made of has changed.
 
-    Copies and pickles of the block carry ``precision`` and ``parts`` only. A compiled graph keeps the weights that it was traced
-    with.
+    ``calibrated``: linear → what its weight is rounded to, if not to the nearest; such a weight may not change. Copies and
+    pickles of the block carry everything but what was ``made``. A compiled graph keeps the weights that it was traced with.
     """
 
     precision: str
     parts: frozenset[str]
+    calibrated: dict[str, CalibratedWeight] = field(default_factory=dict)
     made: dict[str, tuple[list[Source], Any]] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"precision": self.precision, "parts": self.parts, "made": {}}
+        return {**self.__dict__, "made": {}}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,7 +146,13 @@ class Weights:
 
     def of(self, path: str, linear: Any, layer_scale: Tensor | None = None) -> quantized.QuantizedWeight:
         def make(weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> quantized.QuantizedWeight:
-            return quantized.quantize_weight(weight, self.dtype, bias, scale)
+            known = self.calibrated.get(path)
+            if known is None:
+                return quantized.quantize_weight(weight, self.dtype, bias, scale)
+            if not torch.compiler.is_compiling():
+                known.check(path, weight)
+            bias, rounded = known.bias(bias, weight.device), known.on(weight.device)
+            return quantized.quantize_weight(weight, self.dtype, bias, scale, rounded)
 
         return self._made(path, make, linear.weight, linear.bias, layer_scale)
 
@@ -106,7 +162,9 @@ class Weights:
         name = f"{path}: hidden"
         if self.dtype != quantized.E4M3 or (torch.compiler.is_compiling() and name not in self.made):
             return None
-        return self._made(name, hidden_scale, linear.weight, linear.bias, norm.weight, norm.bias)
+        return self._made(
+            name, partial(bound_of_hidden, self.calibrated.get(path)), linear.weight, linear.bias, norm.weight, norm.bias
+        )
 
     def _made(self, name: str, make: Callable[..., Any], *tensors: Tensor | None) -> Any:
         found = self.made.get(name)

@@ -57,10 +57,16 @@ def why_not(precision: str, device: torch.device) -> str | None:
 
 @torch.no_grad()
 def quantize_weight(
-    weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None, layer_scale: Tensor | None = None
+    weight: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    rounded: tuple[Tensor, Tensor] | None = None,
 ) -> QuantizedWeight:
-    """Weight (N, K) and bias (N,) of a linear, and the LayerScale (N,) that multiplies its output, in 8 bits."""
-    values, scale = reference_quantized.quantize(weight, dtype)
+    """Weight (N, K) and bias (N,) of a linear, and the LayerScale (N,) that multiplies its output, in 8 bits.
+
+    ``rounded``: values (N, K) and scales (N, 1) of the weight, if not those nearest to it."""
+    values, scale = rounded or reference_quantized.quantize(weight, dtype)
     scale, bias = scale.squeeze(-1), None if bias is None else bias.float()
     if layer_scale is not None:
         scale, bias = scale * layer_scale.float(), None if bias is None else bias * layer_scale.float()
