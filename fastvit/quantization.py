@@ -49,7 +49,7 @@ class Accuracy:
     full_cosine: float
     top1_agreement: float | None
     share: float
-    min_cosine: float
+    min_cosine: float | None
     pictures: int
     calibrated: dict[str, CalibratedWeight] = field(default_factory=dict, repr=False, compare=False)
     top1: float | None = None
@@ -57,13 +57,16 @@ class Accuracy:
 
     @property
     def passed(self) -> bool:
-        """Whether ``cosine_bound`` reaches ``min_cosine``; of one picture, whether its own cosine does."""
-        return (self.feature_cosine if self.cosine_bound is None else self.cosine_bound) >= self.min_cosine
+        """Whether ``cosine_bound``, of one picture its own cosine, reaches ``min_cosine``, if there is one."""
+        return (
+            self.min_cosine is None
+            or (self.feature_cosine if self.cosine_bound is None else self.cosine_bound) >= self.min_cosine
+        )
 
     def check_model(self, model: nn.Module) -> None:
         """Raises ``ValueError`` where ``model`` lacks blocks that were measured, or has other weights than were calibrated."""
         modules = dict(model.named_modules())
-        absent = next((block for block, _ in self.losses if block not in modules), None)
+        absent = next((block for block in (*(block for block, _ in self.losses), *self.parts) if block not in modules), None)
         if absent is not None:
             raise ValueError(
                 f"precision was measured on another model: this one has no block {absent!r};"
@@ -85,9 +88,10 @@ class Accuracy:
             if self.cosine_bound is None
             else f"of {self.pictures} pictures; of others like them above {self.cosine_bound:.5f} with 95 % confidence"
         )
+        asked = "" if self.min_cosine is None else f" {'reaches' if self.passed else 'MISSES'} {self.min_cosine};"
         lines = [
-            f"fastvit: {name} simulated: feature cosine {self.feature_cosine:.5f} ({bound};"
-            f" {'reaches' if self.passed else 'MISSES'} {self.min_cosine}; worst vector {self.worst_cosine:.5f}),"
+            f"fastvit: {name} simulated: feature cosine {self.feature_cosine:.5f} ({bound};{asked}"
+            f" worst vector {self.worst_cosine:.5f}),"
             f" {self.full_cosine:.5f} with everything in {name}",
             f"in {name}: {self.share:.0%} of the blocks' linears by multiplications",
         ]
@@ -107,7 +111,7 @@ def accuracy(
     inputs: Iterable[Any],
     *,
     precision: str = "fp8",
-    min_cosine: float = 0.999,
+    min_cosine: float | None = 0.999,
     features: Callable[[Any], Tensor] | None = None,
     promote: int | None = None,
     calibration: Iterable[Any] | None = None,
@@ -122,7 +126,8 @@ def accuracy(
         inputs: what the model is called with, several times: tensors, tuples of arguments, or mappings of keywords. The more
             pictures they hold, the narrower the interval and the more can be chosen; a handful at least.
         precision: "fp8" or "int8".
-        min_cosine: the mean cosine of the features with and without that is to be reached on pictures like these.
+        min_cosine: the mean cosine of the features with and without that is to be reached on pictures like these. None: no part
+            stays and none runs alone.
         features: from the model's output to the features (B, ..., C); default: its first floating-point tensor, of which one of
             four dimensions is an image's (B, C, H, W).
         promote: None sums in float32. Of FP8 a number sums as Hopper's tensor cores do, and adds what they sum up to in float32
@@ -140,7 +145,7 @@ def accuracy(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     dtype = _format(precision, promote)
-    if not 0 < min_cosine < 1:
+    if min_cosine is not None and not 0 < min_cosine < 1:
         raise ValueError(f"min_cosine is {min_cosine}; expected a number between 0 and 1")
     batches = _batches("inputs", inputs)
     with simulation.own_forwards(model), evaluated(model), eager_where_compiled(model):
@@ -160,14 +165,17 @@ def accuracy(
         exact = run(())
         given = _labels(labels, sum(map(len, exact)))
         full = run(rounding.paths, errors)
-        losses = {part: agreement.losses(run([part]), exact) for part in rounding.paths}
-        chosen = sorted(losses, key=lambda part: losses[part].mean().item() / rounding.size(part))
-        while chosen and not agreement.upper(torch.stack([losses[part] for part in chosen]).sum(0)) <= 1 - min_cosine:
-            chosen.pop()
-        result = run(chosen)
-        while chosen and not agreement.upper(agreement.losses(result, exact)) <= 1 - min_cosine:
-            chosen.pop()
+        losses: dict[Part, Tensor] = {}
+        chosen, result = list(rounding.paths), full
+        if min_cosine is not None:
+            losses = {part: agreement.losses(run([part]), exact) for part in rounding.paths}
+            chosen.sort(key=lambda part: losses[part].mean().item() / rounding.size(part))
+            while chosen and not agreement.upper(torch.stack([losses[part] for part in chosen]).sum(0)) <= 1 - min_cosine:
+                chosen.pop()
             result = run(chosen)
+            while chosen and not agreement.upper(agreement.losses(result, exact)) <= 1 - min_cosine:
+                chosen.pop()
+                result = run(chosen)
     cosines = torch.cat([agreement.cosine(a, b).flatten() for a, b in zip(result, exact, strict=True)])
     each = agreement.losses(result, exact)
     means = {part: loss.mean().item() for part, loss in losses.items()}

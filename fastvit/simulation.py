@@ -70,18 +70,19 @@ class Rounding:
         """Within it the linears of ``parts`` compute in simulated 8 bits; ``errors`` takes their outputs' relative errors."""
         linears = {path: self._linear(path) for part in parts for path in self.paths[part]}
         scales = {path: self.scales(path) for path in linears}
+        weights = {path: self._rounded(path, linear.weight) for path, linear in linears.items()}
 
         def rounded(name: str, module: Any, forward: Callable, args: tuple, kwargs: dict) -> Any:
-            (block, given), known, device = scales[name], self.calibrated.get(name), module.weight.device
+            (block, given), known = scales[name], self.calibrated.get(name)
             out = reference_quantized.linear(
                 args[0],
                 module.weight,
-                module.bias if known is None else known.bias(module.bias, device),
+                module.bias if known is None else known.bias(module.bias, module.weight.device),
                 dtype=self.dtype,
                 block=block,
                 given=given,
                 promote=promote,
-                rounded=None if known is None else known.on(device),
+                rounded=weights[name],
             ).to(module.weight.dtype)
             if errors is not None:
                 exact = forward(*args, **kwargs).float()
@@ -91,6 +92,10 @@ class Rounding:
 
         with observed(self.model, linears, rounded):
             yield
+
+    def _rounded(self, path: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+        known = self.calibrated.get(path)
+        return reference_quantized.quantize(weight, self.dtype) if known is None else known.on(weight.device)
 
     def calibrate(self, run: Callable[[], Any]) -> None:
         """Rounds weights for the inputs that their linears get while ``run`` calls the model, once or a few times over.

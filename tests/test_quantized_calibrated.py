@@ -96,7 +96,7 @@ def small(precision, labels=None, **options):
     model = timm_vit(depth=1, num_classes=0)
     calibration = [image(seed=seed, batch=8) for seed in range(1, 5)]
     return model, quantization.accuracy(
-        model, image(seed=9, batch=6), precision=precision, min_cosine=0.5, calibration=calibration, labels=labels, **options
+        model, image(seed=9, batch=6), precision=precision, min_cosine=None, calibration=calibration, labels=labels, **options
     )
 
 

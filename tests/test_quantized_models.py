@@ -220,6 +220,13 @@ def test_parts_stay_until_the_loss_is_what_is_allowed(measured):
     loose = quantization.accuracy(model, batches, min_cosine=0.5)
     assert not loose.kept
     assert loose.feature_cosine == pytest.approx(loose.full_cosine, abs=1e-12)
+    everything = quantization.accuracy(model, batches, min_cosine=None)
+    assert everything.feature_cosine == loose.feature_cosine
+    assert everything.parts == {f"blocks.{index}": frozenset({"qkv", "mlp"}) for index in range(2)}
+    assert everything.passed
+    assert "reaches" not in str(everything)
+    with pytest.raises(ValueError, match=r"this one has no block 'blocks\.1'"):
+        everything.check_model(timm_vit(depth=1))
     middle = 1 - (1 - loose.full_cosine) / 2
     some = quantization.accuracy(model, batches, min_cosine=middle)
     assert some.passed
