@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .problems import Attention, Glu, ImageAttention, LayerNorm, Linear, Problem, Rotary
+from .problems import Attention, Glu, ImageAttention, LayerNorm, Linear, LinearAddNorm, Problem, Rotary
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -74,6 +74,15 @@ LINEAR = [
     Linear("SAM mask decoder fc1", 64 * 7, 256, 2048, "relu"),
 ]
 
+LINEAR_ADD_NORM = [
+    LinearAddNorm("ViT-L/16 224 fc2 + add + norm, batch 1", 197, 4096, 1024),
+    LinearAddNorm("ViT-L/16 224 proj + add + norm, batch 1", 197, 1024, 1024),
+    LinearAddNorm("ViT-B/16 224 fc2 + add + norm, batch 1", 197, 3072, 768),
+    LinearAddNorm("ViT-B/16 224 proj + add + norm, batch 1", 197, 768, 768),
+    LinearAddNorm("ViT-H/14 224 fc2 + add + norm, batch 1", 257, 5120, 1280),
+    LinearAddNorm("ViT-H/14 224 proj + add + norm, batch 1", 257, 1280, 1280),
+]
+
 GLU = [
     Glu("DINOv2-g/14 224 SwiGLU", 32 * 257, 4096),
     Glu("DINOv3-H+/16 224 SwiGLU", 32 * 201, 5120),
@@ -95,7 +104,7 @@ ALL: dict[str, list] = {
     "attention": ATTENTION,
     "image_attention": IMAGE_ATTENTION,
     "rotary": ROTARY,
-    "linear": [*LINEAR, *GLU],
+    "linear": [*LINEAR, *LINEAR_ADD_NORM, *GLU],
     "layer_norm": LAYER_NORM,
 }
 

@@ -63,6 +63,7 @@ FIRST = (
     Pick("attention", ("SAM mask decoder, *",), only=FUSED),
     Pick("attention", (*goals.GLOBAL, "SAM-B window"), only=WITH_POSITIONS),
     Pick("attention", (*goals.GLOBAL, "SAM-B window"), "backward", WITH_POSITIONS),
+    Pick("linear", ("ViT-B/16 224 * + add + norm, batch 1",), only=("eager", "vendor_add_layer_norm", "compile")),
     Pick("launches", ("*",), "launch"),
     Pick("training", ("ViT-*",), "step", ("sdpa", "compile", *OURS)),
     Pick("first_call", ("ViT-B/16 224*", "SAM-B windows"), "first_call", ("fastvit",)),

@@ -7,7 +7,7 @@ tensors), ``inputs(dtype, device, requires_grad)``, ``small()`` (the same kind o
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Problem(ABC):
     """What all cases share; a case says ``work()`` in FLOPs and ``traffic()`` in elements, each of (forward, backward)."""
 
     name: str
+    directions: ClassVar[tuple[str, ...]] = ("forward", "backward")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -293,6 +294,40 @@ class Linear(Problem):
     def traffic(self) -> tuple[float, float]:
         forward = self.rows * (self.width + self.outputs) + self.outputs * self.width
         return forward, 2 * forward
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.rows, self.width, self.outputs]
+
+
+@dataclass(frozen=True)
+class LinearAddNorm(Problem):
+    """(rows, width) · (outputs, width)ᵀ + bias, added to a residual, and the layer norm of the sum; in inference."""
+
+    rows: int
+    width: int
+    outputs: int
+    op = "linear_add_norm"
+    directions = ("forward",)
+
+    def small(self) -> "LinearAddNorm":
+        return replace(self, rows=5, width=48, outputs=24)
+
+    def on_cpu(self) -> "LinearAddNorm":
+        return self
+
+    def inputs(self, dtype: torch.dtype, device: str, requires_grad: bool) -> dict[str, Tensor]:
+        shapes = {"input": (self.rows, self.width), "weight": (self.outputs, self.width), "residual": (self.rows, self.outputs)}
+        shapes |= dict.fromkeys(("bias", "norm_weight", "norm_bias"), (self.outputs,))
+        tensors = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+        tensors["weight"] *= self.width**-0.5
+        return {name: tensor.requires_grad_(requires_grad) for name, tensor in tensors.items()}
+
+    def work(self) -> tuple[float, float]:
+        return 2.0 * self.rows * self.width * self.outputs, 0.0
+
+    def traffic(self) -> tuple[float, float]:
+        return self.rows * (self.width + 3 * self.outputs) + self.outputs * self.width, 0.0
 
     @property
     def shape(self) -> list[int]:

@@ -69,7 +69,7 @@ def items(matches: Callable[[str], bool] = lambda name: True, settings: Settings
     places = [(part, index) for part, group in cases.ALL.items() for index in range(len(group))]
     firsts = first_call.one_of_each()
     ordered = firsts + [place for place in places if place not in firsts]
-    both = [[Item(*place, direction) for direction in ("forward", "backward")] for place in ordered]
+    both = [[Item(*place, direction) for direction in cases.ALL[place[0]][place[1]].directions] for place in ordered]
     found = [item for items in both[: len(firsts)] for item in items]
     found += _of(CHAINS, settings) + [item for items in both[len(firsts) :] for item in items] + _of(IN_8_BITS, settings)
     return [item for item in found if matches(item.case.name)]

@@ -12,9 +12,10 @@ from benchmarks import cases, operators, peers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
-    "case", [case for group in cases.ALL.values() for case in group], ids=lambda case: f"{case.op} {case.name}"
+    ("case", "direction"),
+    [(case, direction) for group in cases.ALL.values() for case in group for direction in case.directions],
+    ids=lambda value: value if isinstance(value, str) else f"{value.op} {value.name}",
 )
 def test_case(benchmark, case, direction):
     case = case if DEVICE == "cuda" else case.small()

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ._launch import as_matrix, launch, row_stride, target_of
+from ._pdl import prefetch_vector, wait
 from ._plans import planned
 from ._tuning import config, tuning
 from .layer_norm import align_of, counted_in
@@ -49,6 +50,7 @@ def _add_up_norm(
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,  # a power of two that holds a row
     ALIGN: tl.constexpr,  # divides channels and strides
+    PDL: tl.constexpr,
 ):
     """One row a program. All loads come before the first barrier, so that a row waits for memory once."""
     channels = counted_in(ALIGN, channels)
@@ -56,6 +58,12 @@ def _add_up_norm(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
+    if PDL:
+        prefetch_vector(product_bias_ptr, 0, channels, BLOCK_C)
+        prefetch_vector(scale_ptr, 0, channels, BLOCK_C)
+        prefetch_vector(weight_ptr, 0, channels, BLOCK_C)
+        prefetch_vector(bias_ptr, 0, channels, BLOCK_C)
+        wait()
     residual = load_vector(residual_ptr + row * stride_residual_row, column, inside)
     partial_ptr += row * channels
     branch = load_vector(partial_ptr, column, inside)

@@ -317,7 +317,6 @@ def test_every_operator_of_the_tables_has_a_case():
         "image_attention_global",
         "image_attention_positions",
         "linear_split",
-        "linear_split_norm",
         "split_norm",
     }
 

@@ -138,7 +138,7 @@ def jobs(target: str, op: str = "", one_a_row: bool = False) -> tuple[list[Job],
             if op not in launch.op:
                 continue
             specialized = specialize(launch, TARGETS[target])
-            key = f"{launch.kernel.__module__}.{launch.kernel.__name__} {specialized} {launch.options}"
+            key = f"{launch.op} {launch.kernel.__module__}.{launch.kernel.__name__} {specialized} {launch.options}"
             job = found.setdefault(key, Job(launch, *specialized, asked_by=[]))
             job.rows |= _rows_of(launch, shapes, ops[launch.op])
             if description not in job.asked_by:

@@ -77,8 +77,8 @@ def _add_layer_norm(channels: int, dtype: torch.dtype = HALF) -> None:
     layer_norm_op.add_layer_norm_backward(y, total, x, total, parameter, parameter, parameter, mean, rstd, dtype, dtype)
 
 
-def _linear(rows: int, dtype: torch.dtype = HALF, activation: str | None = None, columns: int = 3072) -> None:
-    x, weight, bias = _meta(rows, 768, dtype=dtype), _meta(columns, 768, dtype=dtype), _meta(columns, dtype=dtype)
+def _linear(rows: int, dtype: torch.dtype = HALF, activation: str | None = None, columns: int = 3072, depth: int = 768) -> None:
+    x, weight, bias = _meta(rows, depth, dtype=dtype), _meta(columns, depth, dtype=dtype), _meta(columns, dtype=dtype)
     linear_op.linear_forward(x, weight, bias, activation, False)
 
 
@@ -238,6 +238,7 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"mlp bf16 M={rows} training", partial(_mlp_training, rows)
     for channels in (384, 768, 1280):
         yield f"one image bf16 C={channels}", partial(_one_image, channels)
+    yield "linear bf16 M=257 N=5120 K=1280 gelu", partial(_linear, 257, activation="gelu", columns=5120, depth=1280)
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")

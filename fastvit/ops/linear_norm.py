@@ -26,7 +26,7 @@ def linear_add_norm_forward(
     """(LN(total), total), total (..., N) = residual + layer_scale·(input (..., K) · weight (N, K)ᵀ + bias); eps None: no norm."""
     a, b = _rows(input), _matrix(weight)
     parts = kernels.linear_split_norm.parts_of(a, b)
-    if parts > 1 and (kernels._launch.recording() or dispatch.linear_add_norm(a, b) == "kernel"):
+    if parts > 1 and (dispatch.linear_add_norm(a, b) == "kernel" or kernels._launch.recording()):
         total = residual.new_empty(residual.shape, dtype=_total_dtype(residual, input))
         y = None if eps is None else total.new_empty(total.shape)
         partial = scratch(a.new_empty(parts, total.numel() // b.shape[0], b.shape[0], dtype=torch.float32))
