@@ -217,7 +217,7 @@ class DropPath(nn.Module):
 class EncoderBlock(nn.Module):
     """z' = MHA(LN(z)) + z and z'' = MLP(LN(z')) + z' (Dosovitskiy et al. 2021, eqs. 2 and 3).
 
-    On the kernels a block of sequences is one autograd Function in training, and a small one a recipe in inference
+    On the kernels a block is one autograd Function in training, and a small one of sequences a recipe in inference
     (``ops.block``); elsewhere the first sum, its LayerScale and the second norm are one operator. Input and output (B, N, C);
     with ``rel_pos_size`` or ``window_size`` (B, H, W, C).
 
@@ -280,7 +280,7 @@ class EncoderBlock(nn.Module):
     def _at_once(self, input: Tensor) -> Tensor | None:
         """The output by one Function or one recipe; None where it has none now."""
         attn, mlp, norms, scales = self.attn, self.mlp, (self.norm1, self.norm2), (self.ls1, self.ls2)
-        if not (_is_plain(attn, Attention) and _is_plain(mlp, MLP) and _is_plain(self.drop_path, DropPath)) or attn.on_grid:
+        if not (_is_plain(attn, Attention) and _is_plain(mlp, MLP) and _is_plain(self.drop_path, DropPath)):
             return None
         linears = attn.qkv, attn.proj, mlp.fc1, mlp.fc2
         if not all(_is_plain(linear, Linear) for linear in linears) or not all(_is_plain(norm, LayerNorm) for norm in norms):
@@ -291,12 +291,13 @@ class EncoderBlock(nn.Module):
             return None
         gamma1, gamma2 = (scale.gamma if isinstance(scale, LayerScale) else None for scale in scales)
         norm1, norm2, qkv, proj, fc1, fc2 = ((m.weight, m.bias) for m in (*norms, *linears))
-        tensors = [input, *norm1, *proj, gamma1, *norm2, *fc1, *fc2, gamma2, *qkv]
-        options = one_block.Options(attn.num_heads, norms[0].eps, norms[1].eps, attn.scale, mlp.activation)
+        tensors = [input, *norm1, *proj, gamma1, *norm2, *fc1, *fc2, gamma2, attn.rel_pos_h, attn.rel_pos_w, *qkv]
+        window = attn.window_size if attn.on_grid else None
+        options = one_block.Options(attn.num_heads, norms[0].eps, norms[1].eps, attn.scale, mlp.activation, window)
         drops = self.drop_path if self.drop_path.training and self.drop_path.rate else None
         if torch.is_grad_enabled():
             return one_block.block(tensors, options, (drops, drops))
-        return one_block.infer(tensors, options, None, None) if drops is None else None
+        return None if attn.on_grid or drops is not None else one_block.infer(tensors, options, None, None)
 
 
 def _is_plain(module: nn.Module, *kinds: type) -> bool:

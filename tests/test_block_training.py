@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import fastvit
+from fastvit.nn import EncoderBlock
 from fastvit.ops import _casts, linear
 from tests import models_for_acceleration as models
 from tests.model_errors import assert_equal_gradients, seeded
 from tests.test_block import ONE, gradients, hf_dinov2, hf_vit, made, timm_vit
+from tests.test_sam_accelerate import small
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -207,3 +210,54 @@ def test_a_drop_path_that_is_watched_is_called_with_the_branch(device):
     with torch.no_grad():
         ours(x)
     assert len(seen) == 2
+
+
+def images_of(options, device):
+    """(a block of Segment Anything's on the kernels, the same as it was, hidden states)"""
+    torch.manual_seed(0)
+    original = models.perturb(EncoderBlock(32, 2, mlp_ratio=1.0, **options)).to(device)
+    return copy.deepcopy(original), original, torch.randn(2, 3, 4, 32).to(device)
+
+
+IMAGES = [
+    {"window_size": 2, "rel_pos_size": 2},
+    {"window_size": 2, "qkv_bias": False, "layer_scale": 0.5},
+    {"rel_pos_size": (3, 4), "drop_path": 0.5},
+]
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("options", IMAGES, ids=["windows", "no positions", "global"])
+def test_a_block_of_images_is_one_function(options, mixed, device):
+    """Against the operators, one of whose steps is called by itself for a hook."""
+    ours, original, x = images_of(options, device)
+    original.ls2.register_forward_hook(lambda module, args, out: None)
+    context = (lambda: autocast(x)) if mixed else contextlib.nullcontext
+    x.requires_grad_()
+    found = []
+    for block, name in ((original, None), (ours, ONE)):
+        block.train()
+        with seeded(5):
+            found.append(gradients(block, x, name, under(block, context)))
+    assert all(gradient.dtype == torch.float32 for gradient in found[1].values())
+    assert_equal_gradients(found[1], found[0], 3e-2 if mixed else 5e-4)
+
+
+def test_tables_of_another_size_go_by_the_operators(device):
+    ours, original, x = images_of({"rel_pos_size": 5}, device)
+    with fastvit.use_backend("torch"):
+        expected = gradients(original, x)
+    found = gradients(ours, x)
+    assert ours(x).grad_fn.name() != ONE
+    assert_equal_gradients(found, expected)
+
+
+def test_segment_anythings_blocks_are_one_function_each(device):
+    model, x = (part.to(device) for part in small("segment_anything"))
+    original = copy.deepcopy(model)
+    fastvit.accelerate(model)
+    ended = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, out: ended.append(out.grad_fn.name()))
+    assert_equal_gradients(gradients(model, x.requires_grad_()), gradients(original, x))
+    assert ended == [ONE] * len(model.blocks)

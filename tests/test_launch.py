@@ -20,6 +20,7 @@ NAMES = [
     *(f"trains {name}" for name in ("layer_norm", "add_layer_norm", "linear + gelu", "mlp", "attention")),
     *(f"trains {name}" for name in ("image_attention, windows", "glu", "qk_norm_rope")),
     "a_block_trains",
+    "a_block_of_images_trains",
     "a_block_trains_under_autocast",
     "a_block_trains_with_stochastic_depth",
     "blocks_infer",

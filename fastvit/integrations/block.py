@@ -182,6 +182,9 @@ def _at_once(
     mlp: Any = layout.mlp
     first, second = layout.residuals
     modules = (attention.out_norm, attention.gate, mlp.hidden_norm)
+    images = layout.window is not None
+    if images and not torch.is_grad_enabled():
+        return None
     if call.attn_mask is not None or call.is_causal or call.cos is not None or any(parts.part(path) for path in modules):
         return None
     drops = (*attention.drop, first.drop, mlp.hidden_drop, *mlp.drop, second.drop)
@@ -200,11 +203,12 @@ def _at_once(
 
     tensors = [x, *parameters(layout.norms.before), *parameters(attention.out), _scale_of(parts, first.scale)]
     tensors += [*parameters(layout.norms.after), *parameters(mlp.fc1), *parameters(mlp.fc2), _scale_of(parts, second.scale)]
+    tensors += grid.tables(owner) if images else (None, None)
     for path in attention.qkv:
         tensors += parameters(path)
     eps = child(layout.norms.before).eps, child(layout.norms.after).eps
     features = tensors[-2].shape[0] // (heads if len(attention.qkv) == 3 else 3 * heads)
-    options = one_block.Options(heads, *eps, _scale(owner, features), layout.activation or "")
+    options = one_block.Options(heads, *eps, _scale(owner, features), layout.activation or "", layout.window)
     if torch.is_grad_enabled():
         return one_block.block(tensors, options, drop_paths)
     if next_norm is None or not handoff.possible(chosen, x, x, next_norm):

@@ -54,7 +54,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "called", tuple(path for path, _ in self.own))
-        odd = self.post_norm or self.multihead or self.own or self.gating or self.head_norm or self.window is not None
+        odd = self.post_norm or self.multihead or self.own or self.gating or self.head_norm
         object.__setattr__(self, "plain", not odd and self.mlp is not None)
 
     @property

@@ -11,7 +11,9 @@ what finishes the products before them (``linear_norm``).
 Under autocast, in training, z, sums and norms' parameters are float32 and products are computed in autocast's dtype, as by the
 operators; norms write that dtype at once, backward has the weights as forward cast them (``_casts``), and gradients of float32
 weights are float32 as they are summed up. Stochastic depth multiplies a branch's samples by what it is given.
-Shapes: z (B, N, C); qkv is one projection (3·C, C) or three. Else all of one dtype and device; no mask, no dropout.
+Shapes: z (B, N, C), or images (B, Hi, Wi, C) that attend in windows or as a whole, with relative positions or without (see
+``image_attention``), in training; qkv is one projection (3·C, C) or, of sequences, three. Else all of one dtype and device; no
+mask, no dropout.
 """
 
 from collections.abc import Sequence
@@ -26,7 +28,8 @@ from . import _casts, _recipes, dispatch
 from ._common import Operator, apply, fill, run_backward, scratch, wants_grad
 from ._state import nothing_between, plain, untransformed
 from .attention import attention_forward
-from .block_backward import FIXED, block_backward, heads_of, rows_of
+from .block_backward import FIXED, block_backward, heads_of, rows_of, size_of
+from .image_attention import image_attention_forward
 from .layer_norm import add_layer_norm_forward, layer_norm_forward
 from .linear import linear_forward, mlp_forward
 from .linear_norm import linear_add_norm_forward
@@ -40,6 +43,7 @@ class Options(NamedTuple):
     eps2: float
     scale: float  # of the scores
     activation: str
+    window: int | None = None  # of images: tokens a side, 0 for the whole image
 
 
 class _Steps(NamedTuple):
@@ -72,19 +76,30 @@ def _attend(save: bool, normalized: Tensor | None, tensors: Sequence[Any], optio
     for weight, bias in zip(tensors[FIXED::2], tensors[FIXED + 1 :: 2], strict=True):
         _checks.check_linear(normalized, weight, bias, None)
         projected.append(linear_forward(normalized, weight, bias, None, False)[0])
-    query, key, value = heads_of(projected, options.heads)
-    _checks.check_attention(query, key, value, None, None, None, False, options.scale)
-    attended, lse = attention_forward(query, key, value, None, None, None, False, options.scale, save)
+    if options.window is None:
+        query, key, value = heads_of(projected, options.heads)
+        _checks.check_attention(query, key, value, None, None, None, False, options.scale)
+        attended, lse = attention_forward(query, key, value, None, None, None, False, options.scale, save)
+    else:
+        (qkv,), (rel_h, rel_w), pad = projected, tensors[13:FIXED], _pad_of(tensors, options)
+        _checks.check_image_attention(qkv, options.heads, rel_h, rel_w, options.window, pad, options.scale)
+        size = size_of(x, options.window)
+        attended, lse = image_attention_forward(qkv, rel_h, rel_w, pad, options.heads, size, options.scale, save)
     return normalized, mean1, rstd1, attended, lse, projected
+
+
+def _pad_of(tensors: Sequence[Any], options: Options) -> Tensor | None:
+    """What padded tokens of windows hold: the projection of zeros."""
+    return tensors[FIXED + 1] if options.window else None
 
 
 def _steps(tensors: Sequence[Any], options: Options, mask1: Tensor | None) -> _Steps:
     """``mask1``: see ``block_forward``."""
     x, out_weight, out_bias, scale1, norm2_weight, norm2_bias = tensors[0], *tensors[3:8]
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:13]
     eps2, activation, dtype = options.eps2, options.activation, out_weight.dtype
     normalized, mean1, rstd1, attended, lse, projected = _attend(True, None, tensors, options)
-    rows = rows_of(attended)
+    rows = rows_of(attended, options.window)
     _checks.check_linear(rows, out_weight, out_bias, None)
     branch = linear_forward(rows, out_weight, out_bias, None, False)[0]
     if mask1 is not None:
@@ -106,8 +121,8 @@ def _sum(out: Tensor, total: Tensor, mlp: Tensor, scale2: Tensor | None, mask2: 
 
 
 def block_forward(*args: Any) -> tuple:
-    """(z, norm1's weight and bias, attention's projection's, s1, norm2's, fc1's, fc2's, s2, those of qkv; heads, eps of both
-    norms, the scores' scale, the activation; for each branch None or a mask (B, 1, 1), which it is multiplied by) → (z'', what
+    """(z, norm1's weight and bias, attention's projection's, s1, norm2's, fc1's, fc2's, s2, tables of relative positions or
+    None, those of qkv; ``Options``; for each branch None or a mask (B, 1, 1), which it is multiplied by) → (z'', what
     ``block_backward`` asks for: branch and mlp under LayerScale alone)."""
     *first, mask1, mask2 = args
     tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
@@ -129,9 +144,9 @@ def block_inference(*args: Any) -> Any:
     *first, normalized, next_weight, next_bias, next_eps = args
     tensors, options = first[: -len(Options._fields)], Options(*first[-len(Options._fields) :])
     x, out_weight, out_bias, scale1, *norm2 = tensors[0], *tensors[3:8]
-    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:FIXED]
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale2 = tensors[8:13]
     first, *_, attended, _, projected = _attend(False, normalized, tensors, options)
-    normalized2, total = _end(rows_of(attended), out_weight, out_bias, x, scale1, *norm2, options.eps2)
+    normalized2, total = _end(rows_of(attended, None), out_weight, out_bias, x, scale1, *norm2, options.eps2)
     _checks.check_mlp(normalized2, fc1_weight, fc1_bias, fc2_weight, fc2_bias, options.activation)
     hidden = linear_forward(normalized2, fc1_weight, fc1_bias, options.activation, False)[0]
     for tensor in (attended, normalized2, total, hidden, *projected):
@@ -165,7 +180,8 @@ class Block(Operator):
         used, masks, (out, *kept) = run()
         ctx.set_materialize_grads(False)
         ctx.dtype = tensors[3].dtype
-        ctx.save_for_backward(*used[:4], *used[5:9], used[10], used[12], *masks, *kept, *used[FIXED::2])
+        parameters = *used[1:4], *used[5:9], used[10], *used[12:FIXED], _pad_of(used, ctx.options)
+        ctx.save_for_backward(used[0], *parameters, *masks, *kept, *used[FIXED::2])
         return out
 
     @staticmethod
@@ -173,9 +189,9 @@ class Block(Operator):
         wants = list(ctx.needs_input_grad[:-2])
         if grad is None:
             return (None,) * (len(wants) + 2)
-        heads, _, _, scale, activation = ctx.options
+        heads, _, _, scale, *others = ctx.options
         saved = ctx.saved_tensors
-        grads = run_backward(_call_backward, grad, *saved[:12], wants, heads, scale, activation, ctx.dtype, *saved[12:])
+        grads = run_backward(_call_backward, grad, *saved[:15], wants, heads, scale, *others, ctx.dtype, *saved[15:])
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None, None
 
 
@@ -220,12 +236,12 @@ def _mask(x: Tensor, drop_path: Any, scale: Tensor | None, autocast: torch.dtype
     """Drawn in the dtype that the branch has where the operators meet it, hence the same numbers."""
     if drop_path is None:
         return None
-    return drop_path(x.new_ones(x.shape[0], 1, 1, dtype=autocast if scale is None else None))
+    return drop_path(x.new_ones(x.shape[0], *[1] * (x.dim() - 1), dtype=autocast if scale is None else None))
 
 
 def _linears(tensors: list[Any]) -> list[int]:
     """The places of what autocast casts."""
-    return [3, 4, 8, 9, 10, 11, *range(FIXED, len(tensors))]
+    return [3, 4, 8, 9, 10, 11, *range(13, len(tensors))]
 
 
 def infer(tensors: list[Any], options: Options, normalized: Tensor | None, following: tuple | None) -> Any:
@@ -268,11 +284,17 @@ def _serves(tensors: list[Any], options: Options, *more: Tensor | None, autocast
             return False
         if autocast not in (torch.bfloat16, torch.float16):
             return False
-    if x.dim() != 3 or x.numel() == 0 or any(weight.dim() != 2 for weight in (tensors[3], fc1_weight, tensors[10], *qkv)):
+    window, matrices = options.window, (tensors[3], fc1_weight, tensors[10], *qkv)
+    if x.dim() != (3 if window is None else 4) or x.numel() == 0 or any(weight.dim() != 2 for weight in matrices):
         return False
+    if window is not None and any(
+        table is not None and len(table) != 2 * side - 1
+        for table, side in zip(tensors[13:FIXED], size_of(x, window), strict=True)
+    ):
+        return False  # to be interpolated
     head_dim = qkv[0].shape[0] // (options.heads if len(qkv) == 3 else 3 * options.heads)
     probe = x.new_empty(1, dtype=autocast)  # for its dtype and shapes
     heads = probe.expand(x.shape[0], options.heads, x.shape[1], head_dim)
-    if dispatch.attention(heads, heads, heads, None, None, False, options.scale, *present) != "kernel":
+    if window is None and dispatch.attention(heads, heads, heads, None, None, False, options.scale, *present) != "kernel":
         return False
     return dispatch.linear(probe.expand(x.shape), fc1_weight, tensors[9], options.activation) == "kernel"

@@ -5,11 +5,12 @@ from torch import Tensor
 
 from ._common import convert, fill, scratch
 from .attention import attention_backward
+from .image_attention import image_attention_backward
 from .layer_norm import add_layer_norm_backward
 from .linear import _matrix, add_product, linear_backward, mlp_backward
 from .sums import strip_sums, sum_partials
 
-FIXED = 13  # tensors before the projections' weights and biases
+FIXED = 15  # tensors before the projections' weights and biases; the last two are tables of relative positions
 
 
 def heads_of(projected: list[Tensor], heads: int) -> list[Tensor]:
@@ -19,9 +20,14 @@ def heads_of(projected: list[Tensor], heads: int) -> list[Tensor]:
     return [t.unflatten(2, (heads, -1)).transpose(1, 2) for t in projected]
 
 
-def rows_of(attended: Tensor) -> Tensor:
-    """(B, H, N, D), in memory (B, N, H, D), as (B, N, C)."""
-    return attended.transpose(1, 2).flatten(2)
+def rows_of(attended: Tensor, window: int | None) -> Tensor:
+    """(B, H, N, D), in memory (B, N, H, D), as (B, N, C); of images (B, Hi, Wi, C) as it is."""
+    return attended.transpose(1, 2).flatten(2) if window is None else attended
+
+
+def size_of(x: Tensor, window: int) -> list[int]:
+    """(h, w) that tokens of images x (B, Hi, Wi, C) attend within."""
+    return [window, window] if window else list(x.shape[1:3])
 
 
 def _scaled(grad: Tensor, scale: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -48,12 +54,16 @@ def block_backward(
     fc1_weight: Tensor,
     fc2_weight: Tensor,
     scale2: Tensor | None,
+    rel_pos_h: Tensor | None,
+    rel_pos_w: Tensor | None,
+    pad_qkv: Tensor | None,
     mask1: Tensor | None,
     mask2: Tensor | None,
     wants: list[bool],
     heads: int,
     scale: float,
     activation: str,
+    window: int | None,
     dtype: torch.dtype,
     normalized: Tensor,
     mean1: Tensor,
@@ -94,16 +104,25 @@ def block_backward(
             fill(dbranch, torch.mul, dbranch, mask1)
     below = any(wants[:3]) or any(wants[FIXED:])
     drows, grads[3], grads[4] = linear_backward(
-        dbranch, rows_of(attended), out_weight, None, None, True, [below, wants[3], wants[4]], dtype
+        dbranch, rows_of(attended, window), out_weight, None, None, True, [below, wants[3], wants[4]], dtype
     )
     if not below:
         return tuple(grads)
-    dout = scratch(drows).unflatten(2, (heads, -1)).transpose(1, 2)
-    dprojected = [scratch(t.new_empty(t.shape)) for t in projected]
-    query, key, value = heads_of(list(projected), heads)
-    attention_backward(
-        dout, query, key, value, None, None, None, attended, lse, False, scale, False, into=heads_of(dprojected, heads)
-    )
+    scratch(drows)
+    dpad = None
+    if window is None:
+        dprojected = [scratch(t.new_empty(t.shape)) for t in projected]
+        query, key, value = heads_of(list(projected), heads)
+        dout = drows.unflatten(2, (heads, -1)).transpose(1, 2)
+        into = heads_of(dprojected, heads)
+        attention_backward(dout, query, key, value, None, None, None, attended, lse, False, scale, False, into=into)
+    else:
+        tables, size = (rel_pos_h, rel_pos_w), size_of(x, window)
+        wants_tables, wants_pad = any(wants[13:FIXED]), pad_qkv is not None and wants[FIXED + 1]
+        dqkv, *grads[13:FIXED], dpad = image_attention_backward(
+            drows, projected[0], *tables, pad_qkv, attended, lse, heads, size, scale, wants_tables, wants_pad
+        )
+        dprojected = [scratch(dqkv)]
     dnormalized: Tensor | None = None
     for index, (gradient, weight) in enumerate(zip(dprojected, weights, strict=True)):
         place = FIXED + 2 * index
@@ -115,6 +134,9 @@ def block_backward(
             dnormalized = scratch(dinput)
         else:
             add_product(_matrix(dnormalized), _matrix(gradient), weight.t())
+    dbias = grads[FIXED + 1]
+    if dpad is not None and dbias is not None:  # what padded tokens hold is the projection's bias
+        fill(dbias, torch.add, dbias, scratch(dpad))
     norm = (norm1_weight, norm1_bias, None, mean1, rstd1, x.dtype, x.dtype)
     assert dnormalized is not None  # one projection at least
     grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, dtotal, None, x, *norm)

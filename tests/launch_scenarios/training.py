@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 import fastvit
 from benchmarks.overhead import _vit, autocast, trained
 from fastvit import functional as F
+from fastvit import nn
 from tests.launch_scenarios.harness import (
     SCENARIOS,
     addresses,
@@ -90,6 +91,13 @@ def a_block_trains_with_stochastic_depth():
     outs = [block(x) for _ in range(4)]
     assert outs[0].grad_fn.name() == "BlockBackward"
     assert not all(torch.equal(out, outs[0]) for out in outs), "the draw was kept with the recipe"
+
+
+@scenario
+def a_block_of_images_trains():
+    block, x = nn.EncoderBlock(32, 2, window_size=2).half(), fresh(1, 3, 4, 32).requires_grad_()
+    trains_again(lambda: block(x), (x, *block.parameters()))
+    assert block(x).grad_fn.name() == "BlockBackward"
 
 
 @scenario
