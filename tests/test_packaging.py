@@ -106,7 +106,7 @@ def test_the_checkout_imports_without_being_installed(tmp_path):
 
 
 @pytest.mark.skipif(not HAS_HF_KERNELS, reason="Hugging Face's package kernels is not installed")
-@pytest.mark.parametrize("order", ["fastvit first", "transformers first"])
+@pytest.mark.parametrize("order", ["fastvit first", pytest.param("transformers first", marks=pytest.mark.slow)])
 def test_transformers_works_in_the_checkout_beside_hugging_faces_kernels(order):
     ours = "import fastvit.kernels._tuning\n"
     theirs = """

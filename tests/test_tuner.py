@@ -321,7 +321,11 @@ def test_every_operator_of_the_tables_has_a_case():
     }
 
 
-@pytest.mark.parametrize("case", tuning_cases.CASES, ids=lambda case: f"{case.op} {case.name}")
+WIDE = {"layer_norm wide": pytest.mark.slow}  # rows that no program holds, in many steps
+CASES = {f"{case.op} {case.name}": case for case in tuning_cases.CASES}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name, marks=WIDE.get(name, ())) for name, case in CASES.items()])
 def test_the_tuners_own_cases_are_right(case):
     small = case.small()
     for direction in getattr(case, "directions", tune.DIRECTIONS):
