@@ -192,7 +192,7 @@ GOALS = [
         ("SAM-B *", "SAM-H *"),
         ratio,
         2.0,
-        predicted="0.9–1.3, windows 1.5–2.5",
+        predicted="0.9–1.3, windows 2–3.5",
     ),
     Goal(
         "SAM's decoder, 7 × 4096",

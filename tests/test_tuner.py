@@ -314,8 +314,10 @@ def test_every_operator_of_the_tables_has_a_case():
     assert launched - found <= {
         "attention_short",
         "attention_split",
+        "image_attention_backward_key",
         "image_attention_global",
         "image_attention_positions",
+        "image_attention_positions_backward",
         "linear_split",
         "split_norm",
     }

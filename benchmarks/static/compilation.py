@@ -43,6 +43,7 @@ MATRIX_OPS = (
     "image_attention_window",
     "image_attention_backward_query",
     "image_attention_backward_key",
+    "image_attention_backward_window",
     "image_attention_positions",
     "image_attention_positions_backward",
 )

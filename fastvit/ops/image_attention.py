@@ -23,6 +23,7 @@ from ._common import (
     wants_grad,
     with_unit_stride,
 )
+from .sums import strip_sums
 
 
 def image_attention_forward(
@@ -80,6 +81,8 @@ def image_attention_backward(
         return dqkv, *(None if like is None else like.new_zeros(like.shape) for like in likes)
     dtable_h = dtable_w = dpad = None
     qkv, pad, size, dout = with_unit_stride(qkv), contiguous(pad_qkv), (window[0], window[1]), grad.contiguous()
+    if tables is not None and kernels.image_attention_backward_window.serves(qkv, num_heads, size, scale):
+        return dqkv, *_in_one_pass(qkv, pad, tables, num_heads, size, scale, out.contiguous(), dout, lse, dqkv, likes)
     delta = scratch(torch.empty_like(lse))
     rel = None if tables is None else _positions(qkv, tables, num_heads, size)
     inputs = (qkv, pad, *(rel or (None, None)), num_heads, size, scale)
@@ -109,10 +112,59 @@ def image_attention_backward(
         sums = scratch(qkv.new_empty(count, 2 * channels // 3, dtype=torch.float32))
     kernels.image_attention_backward_key.launch_image_attention_backward_key(*inputs, *saved, sums)
     if sums is not None:
-        dpad = qkv.new_empty(channels)
-        fill(dpad[: channels // 3], _zero)  # a padded query is nobody's
+        dpad = _pad_gradient(qkv)
         kernels.reduce.launch_column_sums(sums, dpad[channels // 3 :])
     return dqkv, dtable_h, dtable_w, dpad
+
+
+def _pad_gradient(qkv: Tensor) -> Tensor:
+    """The padding's gradient, to be filled but for that of its query, which is nobody's."""
+    dpad = qkv.new_empty(qkv.shape[3])
+    fill(dpad[: qkv.shape[3] // 3], _zero)
+    return dpad
+
+
+def _in_one_pass(
+    qkv: Tensor,
+    pad: Tensor | None,
+    tables: tuple[Tensor, Tensor],
+    num_heads: int,
+    window: tuple[int, int],
+    scale: float,
+    out: Tensor,
+    dout: Tensor,
+    lse: Tensor,
+    dqkv: Tensor,
+    likes: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(drel_pos_h, drel_pos_w, dpad_qkv), each None where ``likes`` has none; fills dqkv."""
+    kernel = kernels.image_attention_backward_window
+    dtables = sums = dpad = None
+    programs, parts = kernel.partial_sums(qkv, num_heads, window)
+    if likes[0] is not None:
+        dtables = scratch(qkv.new_empty(programs, 2, kernel.TABLE * tables[0].shape[1], dtype=torch.float32))
+    padded = qkv.shape[1] % window[0] or qkv.shape[2] % window[1]
+    if likes[2] is not None and padded:
+        sums = scratch(qkv.new_empty(parts, 2 * qkv.shape[3] // 3, dtype=torch.float32))
+    kernel.launch_image_attention_backward_window(
+        qkv, pad, *tables, num_heads, window, scale, out, dout, lse, dqkv, dtables, sums
+    )
+    partials, results = [], []
+    dtable_h = dtable_w = None
+    if dtables is not None:
+        dtable_h, dtable_w = (torch.empty_like(table) for table in tables)
+        partials += [strip_sums(dtables[:, axis, : table.numel()]) for axis, table in enumerate(tables)]
+        results += [dtable_h.view(-1), dtable_w.view(-1)]
+    if likes[2] is not None and not padded:
+        dpad = qkv.new_empty(qkv.shape[3])
+        fill(dpad, _zero)
+    if sums is not None:
+        dpad = _pad_gradient(qkv)
+        partials.append(strip_sums(sums))
+        results.append(dpad[qkv.shape[3] // 3 :])
+    if partials:
+        kernels.reduce.launch_column_sums(*partials, *results)
+    return dtable_h, dtable_w, dpad
 
 
 def _zero(*, out: Tensor) -> None:
