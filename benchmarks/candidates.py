@@ -24,7 +24,7 @@ LADDERS: dict[str, tuple[int, ...]] = {
     "MAX_TOKENS": (0, 64, 128, 192, 256, 384, 512, 1024),
     "maxnreg": (96, 128, 168, 232, 255),
     "num_warps": (1, 2, 4, 8, 16),
-    "num_stages": (1, 2, 3, 4, 5),
+    "num_stages": (1, 2, 3, 4, 5, 6, 8),
 }
 # What a kernel computes with, not how: TABLE rows of positions fit, partial sums are promoted, the GPU has so many processors;
 # and which launches are dependent, for it takes other kernels around to say what that is worth (``chains``).

@@ -9,21 +9,24 @@ from fastvit.kernels._tuning import admits, committed, config, override, targets
 
 import fastvit
 from fastvit import reference
+from fastvit.integrations import block as integrated
 from fastvit.ops import block, dispatch
 from fastvit.ops.linear_norm import linear_add_norm_forward
+from tests import models_for_acceleration as models
 from tests.errors import DTYPES, assert_as_exact_as_eager
 from tests.layouts import LAYOUTS, lay_out
+from tests.model_errors import OUTPUT, relative
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 EPS = 1e-6
+SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
 
 
 @pytest.fixture
 def split():
     """Every call by the kernels, whatever their steps count to."""
-    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
-    with fastvit.use_backend("triton"), override("linear_split_norm", tile):
+    with fastvit.use_backend("triton"), override("linear_split_norm", SMALL):
         yield
 
 
@@ -162,6 +165,27 @@ def test_a_rule_decides_on_auto(split, device, served):
     assert all(name.startswith("linear: none") for name in found)
     for ours, exact in zip((y, total), _exact(**{k: v.double() for k, v in arguments.items()}), strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"init_values": None}], ids=["LayerScale", "plain"])
+def test_the_blocks_of_a_model(split, options, device, monkeypatch):
+    """The first block's fc2 is finished with the second's norm, the second's with the sum alone."""
+    model = models.timm_vit(embed_dim=32, depth=2, num_heads=2, **options).to(device)
+    picture, ended, own = models.image().to(device), [], block.linear_add_norm_forward
+
+    def infer(tensors, options, normalized, following):
+        return block.block_inference(*tensors, *options, normalized, *(following or (None, None, None)))
+
+    def end(x, weight, *more):
+        ended.append((linear_split_norm.parts_of(x, weight) > 1, more[-1] is not None))
+        return own(x, weight, *more)
+
+    monkeypatch.setattr(integrated.one_block, "infer", infer)
+    monkeypatch.setattr(block, "linear_add_norm_forward", end)
+    with torch.no_grad(), override("linear_split_norm", SMALL | {"BLOCK_K": 16}):
+        expected = model(picture)
+        assert relative(fastvit.accelerate(model)(picture), expected) <= OUTPUT
+    assert ended == [(True, True), (True, True), (True, True), (True, False)]
 
 
 @pytest.mark.parametrize("place", [3, 10], ids=["proj", "fc2"])
