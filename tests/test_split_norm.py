@@ -191,7 +191,7 @@ def test_the_blocks_of_a_model(split, options, device, monkeypatch):
 @pytest.mark.parametrize("place", [3, 10], ids=["proj", "fc2"])
 def test_a_block_refuses_a_sum_of_other_widths(device, place):
     x, square = torch.randn(1, 3, 16, device=device), torch.randn(16, 16, device=device)
-    tensors = [x, None, None, square, None, None, None, None, square, None, square, None, None, torch.randn(48, 16), None]
+    tensors = [x, None, None, square, None, None, None, None, square, None, square, *[None] * 4, torch.randn(48, 16), None]
     tensors[place] = square[:8]
     with fastvit.use_backend("triton"), pytest.raises(ValueError, match="branch has shape"):
-        block.block_inference(*tensors, 2, EPS, EPS, 0.25, "gelu", None, None, None, None)
+        block.block_inference(*tensors, *block.Options(2, EPS, EPS, 0.25, "gelu"), None, None, None, None)
