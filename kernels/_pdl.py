@@ -49,6 +49,15 @@ def prefetch_vector(ptr, first, count, LENGTH: tl.constexpr):
 
 
 @triton.jit
+def prefetch_share(ptr, part, count):
+    """``prefetch`` of the ``part``-th line of a vector of ``count``, the last where it has fewer: of many programs that all need
+    the whole of it, each asks for one."""
+    if ptr is not None:
+        EACH: tl.constexpr = LINE * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        prefetch(ptr + tl.minimum(part * EACH, count - 1))
+
+
+@triton.jit
 def prefetch_rows(ptr, row, stride_row, first_k, last_k, part, parts):
     """``prefetch`` of the columns ``first_k`` … ``last_k`` of the rows ``row`` (int64), last stride 1: ``part``'s share of them
     where ``parts`` programs need the same."""

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ._launch import as_matrix, launch, row_stride, target_of
+from ._pdl import prefetch_vector, wait
 from ._plans import planned
 from ._tuning import config, tuning
 from .linear import _linear, finish, operands, row_for, row_of, tiles
@@ -41,6 +42,7 @@ def _add_up(
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     blocks = tl.cdiv(N, BLOCK_N)
     m = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -50,6 +52,9 @@ def _add_up(
     ptrs = partial_ptr + m[:, None] * N + n[None, :]
     size = tl.full([], N, tl.int64) * M
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    if PDL:
+        prefetch_vector(bias_ptr, first_n, N, BLOCK_N)
+        wait()
     for first in range(0, splits, 4):  # four loads on their way at a time
         for split in tl.static_range(4):
             acc += tl.load(ptrs + split * size, mask=inside & (first + split < splits), other=0.0)

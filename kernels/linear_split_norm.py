@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ._launch import as_matrix, launch, row_stride, target_of
-from ._pdl import prefetch_vector, wait
+from ._pdl import prefetch_share, wait
 from ._plans import planned
 from ._tuning import config, tuning
 from .layer_norm import align_of, counted_in
@@ -59,10 +59,10 @@ def _add_up_norm(
     column = tl.arange(0, BLOCK_C)
     inside = column < channels
     if PDL:
-        prefetch_vector(product_bias_ptr, 0, channels, BLOCK_C)
-        prefetch_vector(scale_ptr, 0, channels, BLOCK_C)
-        prefetch_vector(weight_ptr, 0, channels, BLOCK_C)
-        prefetch_vector(bias_ptr, 0, channels, BLOCK_C)
+        prefetch_share(product_bias_ptr, tl.program_id(0), channels)
+        prefetch_share(scale_ptr, tl.program_id(0), channels)
+        prefetch_share(weight_ptr, tl.program_id(0), channels)
+        prefetch_share(bias_ptr, tl.program_id(0), channels)
         wait()
     residual = load_vector(residual_ptr + row * stride_residual_row, column, inside)
     partial_ptr += row * channels
