@@ -112,6 +112,21 @@ def test_mlp_in_inference_keeps_one_hidden_layer():
     assert len(set(hidden_layers) - {arguments[1].data_ptr(), arguments[3].data_ptr()}) == 1
 
 
+@pytest.mark.parametrize(("rows", "pieces"), [(8, 1), (9, 3), (11, 3), (13, 4), (0, 1)])
+def test_a_large_hidden_layer_is_never_whole(monkeypatch, rows, pieces):
+    """Beyond two pieces' worth, a piece at a time; with a gradient wanted, whole."""
+    monkeypatch.setattr(torch_backend, "HIDDEN_BYTES", 4 * 96 * 4)
+    calls, right = [], torch_backend.linear
+    monkeypatch.setattr(torch_backend, "linear", lambda *args: calls.append(args[0].shape) or right(*args))
+    arguments = (torch.randn(1, rows, 8), torch.randn(96, 8), torch.randn(96), torch.randn(8, 96), torch.randn(8))
+    out = torch_backend.mlp(*arguments, "gelu")
+    assert len(calls) == 2 * pieces
+    torch.testing.assert_close(out, reference.mlp(*arguments), rtol=1e-5, atol=1e-4)
+    calls.clear()
+    torch_backend.mlp(arguments[0].requires_grad_(), *arguments[1:], "gelu")
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_mask_of_higher_precision_is_not_rounded_first(dtype):
     """Around 100 a bfloat16 is exact to 0.5 only; softmax ignores the 100, so nothing of it may show."""
