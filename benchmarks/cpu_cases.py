@@ -36,7 +36,7 @@ from .settings import Settings
 TRAINED = 512  # pixels, of SAM's training step: at 1024 it would take minutes, and over 10 GiB
 FUSED = {"sdpa": same}
 NOT_HERE = "not run for this case"  # why a peer that a case leaves out has no time
-POINTS = 8  # along either side of the picture
+POINTS = 4  # along either side of the picture
 
 
 @dataclass(frozen=True)
