@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit.ops import quantized
+from fastvit.ops import dispatch, quantized
 from fastvit.ops._state import kernels
 
 from . import accuracy, contest, measure, models, results
@@ -24,6 +24,14 @@ from .settings import Settings, Task
 
 RUNS = 300
 INPUTS = 3
+
+
+@contextlib.contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """Inside, the kernels of a call are what they are outside, and none is launched before the one ahead has ended. Decisions are
+    collected so that a block runs whole, as in a first call: where launches are tuned it would be made of its operators'."""
+    with kernels._tuning.override("launch", {"PDL": 0}), dispatch.collect():
+        yield
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,14 @@ class Chain:
 
     def serial(self) -> contextlib.AbstractContextManager:
         """Within it no launch is a dependent one."""
-        return contextlib.nullcontext() if self.settings.dry else kernels._tuning.override("launch", {"PDL": 0})
+        return contextlib.nullcontext() if self.settings.dry else one_after_the_other()
 
     def way(self) -> Callable[[], Any]:
         """The call as a graph, whose launches are what they are where it is made."""
-        return self.call if self.settings.dry else measure.graphed(self.call)
+        if self.settings.dry:
+            return self.call
+        with dispatch.collect():
+            return measure.graphed(self.call)
 
     def result(self, way: Callable[[], Any], tokens: Tensor) -> Tensor:
         self.given.copy_(tokens)
@@ -84,7 +95,7 @@ class Chain:
 
     def launches(self) -> tuple[int, int]:
         """Of Triton's kernels in a call: (all, the dependent ones)."""
-        with kernels._launch.observe() as made:
+        with kernels._launch.observe() as made, dispatch.collect():
             self.call()
         found = [entry[3].metadata.launch_pdl for entry in made if type(entry) is tuple]
         return len(found), sum(found)

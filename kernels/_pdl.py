@@ -9,7 +9,7 @@ right, whatever runs ahead or behind: docs/performance.md, "Programmatic depende
 import triton
 import triton.language as tl
 
-LINE = tl.constexpr(128)  # bytes of a line of the L2 cache
+# LINE below is the bytes of a line of the L2 cache: an argument, since launches of kernels that read a global are not kept.
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def wait_with(a_ptr, b_ptr, c_ptr):
 
 
 @triton.jit
-def prefetch_vector(ptr, first, count, LENGTH: tl.constexpr):
+def prefetch_vector(ptr, first, count, LENGTH: tl.constexpr, LINE: tl.constexpr = 128):
     """``prefetch`` of the elements ``first`` … ``first + LENGTH`` of a vector of ``count``, or of those of them that exist; of
     nothing where there is no vector."""
     if ptr is not None:
@@ -49,7 +49,7 @@ def prefetch_vector(ptr, first, count, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def prefetch_share(ptr, part, count):
+def prefetch_share(ptr, part, count, LINE: tl.constexpr = 128):
     """``prefetch`` of the ``part``-th line of a vector of ``count``, the last where it has fewer: of many programs that all need
     the whole of it, each asks for one."""
     if ptr is not None:
@@ -58,7 +58,7 @@ def prefetch_share(ptr, part, count):
 
 
 @triton.jit
-def prefetch_rows(ptr, row, stride_row, first_k, last_k, part, parts):
+def prefetch_rows(ptr, row, stride_row, first_k, last_k, part, parts, LINE: tl.constexpr = 128):
     """``prefetch`` of the columns ``first_k`` … ``last_k`` of the rows ``row`` (int64), last stride 1: ``part``'s share of them
     where ``parts`` programs need the same."""
     EACH: tl.constexpr = LINE * 8 // ptr.dtype.element_ty.primitive_bitwidth

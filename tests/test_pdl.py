@@ -185,6 +185,76 @@ def test_the_driver_is_asked_for_them():
     assert json.loads(_python(LAUNCHED)) == [1, 2, 3, 3, 3, 6, 3]
 
 
+GLOBALS = """
+import importlib, json, pkgutil
+from triton.runtime.jit import JITFunction
+from fastvit import kernels
+
+rooms = [importlib.import_module(f"fastvit.kernels.{room.name}") for room in pkgutil.iter_modules(kernels.__path__)]
+functions = {name: value for room in rooms for name, value in vars(room).items() if isinstance(value, JITFunction)}
+for _ in range(2):  # what a function uses comes to those that call it if it was hashed before them
+    for function in functions.values():
+        function.hash = None
+        function.cache_key
+assert len(functions) > 50
+print(json.dumps({name: str(function.used_global_vals) for name, function in functions.items() if function.used_global_vals}))
+"""
+
+
+def test_no_kernel_reads_a_global():
+    """Launches of those that do are never kept (``plan_of``), constants included."""
+    assert json.loads(_python(GLOBALS)) == {}
+
+
+CHAINED = """
+import json, tempfile
+from benchmarks import overhead
+
+with tempfile.TemporaryDirectory() as folder:
+    count = overhead.pretend_gpu(folder)
+    import torch
+    from benchmarks import chains
+    from fastvit import use_backend
+    from fastvit.kernels import _launch
+    from fastvit.ops import _recipes, block, dispatch
+
+    def half(*shape):
+        return torch.randn(*shape, dtype=torch.float16)
+
+    C, x = 128, half(1, 5, 128)
+    tensors = [x, half(C), half(C), half(C, C), half(C), None, half(C), half(C)]
+    tensors += [half(4 * C, C), half(4 * C), half(C, 4 * C), half(C)]
+    tensors += [None] * (block.FIXED - len(tensors)) + [half(3 * C, C), half(3 * C)]
+    options, found = block.Options(2, 1e-6, 1e-6, 0.125, "gelu", None), []
+
+    def infer():
+        before = count()
+        assert block.infer(tensors, options, None, None) is not None
+        found.append([now - then for now, then in zip(count(), before)])
+
+    with torch.no_grad(), use_backend("triton"):
+        for _ in range(3):  # whole, then by a recipe
+            infer()
+        with chains.one_after_the_other():
+            infer()
+        with dispatch.collect(), _launch.observe() as made:
+            infer()
+    found.append([sum(type(entry) is tuple for entry in made), sum(map(bool, _recipes._recipes.values()))])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.aot
+def test_a_chain_is_held_to_the_same_kernels():
+    """A block whole, by its recipe, one kernel after the other, and counted: as many launches, and a recipe there is."""
+    whole, *again, serial, counted, [observed, recipes] = json.loads(_python(CHAINED))
+    assert whole[0] == observed >= whole[1] > 4
+    assert again == [whole, whole]
+    assert serial == [whole[0], 0]
+    assert counted == whole
+    assert recipes == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", chains.CASES[:1])
 def test_chains_are_walked_through(case):
