@@ -5,7 +5,7 @@ with a sum and its norm. Positions are added to queries and keys anew at every s
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ ACTIVATION_NAMES = {"gelu": "GELU", "gelu_tanh": "tanh GELU", "quick_gelu": "qui
 
 @dataclass(frozen=True)
 class TwoWayLayout:
-    """``attentions``: to the tokens themselves, of the tokens to the image, and back. Others: as in ``parts.Layout``."""
+    """``attentions``: to the tokens themselves, of the tokens to the image, and back. ``prompts``: whether it is transformers':
+    given (B, P, N, C), it gives the last attention's output beside tokens and image. Others: as in ``parts.Layout``."""
 
     norms: tuple[str, ...]
     attentions: tuple[DecoderLayout, ...]
@@ -33,14 +34,12 @@ class TwoWayLayout:
     own: tuple[tuple[str, str], ...] = ()
     gating: None = None
 
-    @property
-    def called(self) -> tuple[str, ...]:
-        return tuple(path for path, _ in self.own)
+    called: tuple[str, ...] = field(init=False)  # made once: a compiler that takes the layout for constant reads fields alone
+    prompts: bool = field(init=False)
 
-    @property
-    def prompts(self) -> bool:
-        """Whether it is transformers': given (B, P, N, C), it gives the last attention's output beside tokens and image."""
-        return self.attentions[0].prompts
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "called", tuple(path for path, _ in self.own))
+        object.__setattr__(self, "prompts", self.attentions[0].prompts)
 
     def describe(self) -> str:
         mlp = "own MLP" if self.mlp is None else f"{ACTIVATION_NAMES[self.activation or '']} MLP"
