@@ -5,7 +5,7 @@
 
 A program is a window and head, and goes in rounds over its queries: q and dout of a round stay in shared memory, dQ and drel in
 registers, while a loop goes over the keys, BLOCK_N places a step, a row of the window being KEY_COLUMNS of them. dK and dV of a
-step are complete but for other rounds' queries: the next round reads them back, rounded, and adds its own. E [keys, 2 · SIDE]
+step are complete but for other rounds' queries: they stay in float32 until the last round has added its own. E [keys, 2 · SIDE]
 says in which row and column of the window a key lies, so that scores begin with a product of it and positions' gradients are
 another: five products where two passes take seven, and no launches for positions. Every sum has one owner and one order: no
 atomics. Shapes as in ``image_attention_backward_query``, the tables [2h − 1, D] and [2w − 1, D] in place of rel_h and rel_w.
@@ -29,6 +29,8 @@ from .image_attention import load_rows, row_for, store_rows, window_arguments, w
 SIDE = 16  # of a window, at most
 TABLE = 32  # rows of a table, of which a window's side of 16 has 31
 MAX_DIM = 80  # channels of a head whose sums the registers hold
+# E holds 1 / scale in 16 bits, and a position times that has to stay far from the −2³⁰ of keys that the window has not.
+SCALES = 2.0**-12, 2.0**12
 
 
 @triton.jit
@@ -71,7 +73,11 @@ def _positions(
     TABLE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    """Relative positions of queries at ``position``, rounded to q's dtype as forward's are, −2¹⁵ from ``size`` on."""
+    """Relative positions of queries at ``position``, rounded to q's dtype as forward's are, −2¹⁵ from ``size`` on.
+
+    No infinity where fp16 ends: the zeros of E would make NaN of it, for every key.
+    """
+    LARGEST: tl.constexpr = 65504.0 if q.dtype == tl.float16 else float("inf")
     line = tl.arange(0, TABLE)
     table, table_tail = _load(table_ptr + line * DIM, line < 2 * size - 1, DIM, MAIN, TAIL, True)
     start = tl.zeros([q.shape[0], TABLE], dtype=tl.float32)
@@ -80,7 +86,10 @@ def _positions(
     # Queries beyond the window wrap around the table, and weigh nothing.
     rel = tl.gather(products, ((size - 1 + position)[:, None] - key) & (TABLE - 1), axis=1)
     # A minimum in float32: a choice would be made among 16-bit numbers, which have to be unpacked for it.
-    return tl.minimum(rel, tl.where(key < size, float("inf"), -32768.0), propagate_nan=tl.PropagateNan.ALL).to(q.dtype)
+    rel = tl.minimum(rel, tl.where(key < size, LARGEST, -32768.0), propagate_nan=tl.PropagateNan.ALL)
+    if q.dtype == tl.float16:
+        rel = tl.maximum(rel, -LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    return rel.to(q.dtype)
 
 
 @triton.jit
@@ -113,6 +122,21 @@ def _store_sums(rows, tile, mask, again, FIRST: tl.constexpr, WIDTH: tl.constexp
 
 
 @triton.jit
+def _add_round(rows, sums, tile, mask, again, last, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Stores ``tile`` and, if ``again``, the sums of the rounds before: at ``rows`` in the last round, else at ``sums``.
+
+    There is one round where ``sums`` is None. No branches here either.
+    """
+    channel = (FIRST + tl.arange(0, WIDTH))[None, :]
+    if sums is not None:
+        ptrs = sums[:, None] + channel
+        tile += tl.load(ptrs, mask=(mask & again)[:, None], other=0.0)
+        tl.store(ptrs, tile, mask=(mask & (last == 0))[:, None])
+        mask = mask & last
+    tl.store(rows[:, None] + channel, tile.to(rows.dtype.element_ty), mask=mask[:, None])
+
+
+@triton.jit
 def _store_padded(row, tile, padded, cut, again, FIRST: tl.constexpr, WIDTH: tl.constexpr):
     """Stores the sum of the ``padded`` keys' rows of ``tile``, added to what is there if ``again``; zeros unless ``cut``."""
     ptrs = row + FIRST + tl.arange(0, WIDTH)
@@ -133,6 +157,7 @@ def _image_attention_backward_window(
     dout_ptr,  # [B, Hi, Wi, H, D]
     lse_ptr,  # [B, H, Hi·Wi]
     dqkv_ptr,  # [B, Hi, Wi, 3, H, D]
+    dkv_ptr,  # [B · windows · H, 2, h · KEY_COLUMNS, D] float32, or None where one round takes all queries
     dtables_ptr,  # [B · windows · H, 2, TABLE, D] or None
     dpad_ptr,  # [B · windows · steps, 2, H, D] or None
     heads,
@@ -238,8 +263,15 @@ def _image_attention_backward_window(
             drel = tl.dot(dscores, slots, drel, input_precision=INPUT_PRECISION)
             steps += 1
             dk_rows = dqkv_ptr + (row * width + column) * 3 * channels + channels
-            _store_sums(dk_rows, dk, real, first > 0, 0, MAIN)
-            _store_sums(dk_rows + channels, dv, real, first > 0, 0, MAIN)
+            dk_sums = dkv_ptr
+            dv_sums = dkv_ptr
+            if dkv_ptr is not None:
+                places = window_h * KEY_COLUMNS
+                dk_sums = dkv_ptr + program.to(tl.int64) * 2 * places * DIM + (key_row * KEY_COLUMNS + lane) * DIM
+                dv_sums = dk_sums + places * DIM
+            last = first + BLOCK_M >= queries
+            _add_round(dk_rows, dk_sums, dk, real, first > 0, last, 0, MAIN)
+            _add_round(dk_rows + channels, dv_sums, dv, real, first > 0, last, 0, MAIN)
             part = (batch * windows + window) * tl.cdiv(window_h, KEY_ROWS) + key_row // KEY_ROWS
             pad_row = dpad_ptr
             padded = exists & (real == 0)
@@ -249,8 +281,8 @@ def _image_attention_backward_window(
                 _store_padded(pad_row, dk, padded, cut, first > 0, 0, MAIN)
                 _store_padded(pad_row + channels, dv, padded, cut, first > 0, 0, MAIN)
             if TAIL > 0:
-                _store_sums(dk_rows, dk_tail, real, first > 0, MAIN, TAIL)
-                _store_sums(dk_rows + channels, dv_tail, real, first > 0, MAIN, TAIL)
+                _add_round(dk_rows, dk_sums, dk_tail, real, first > 0, last, MAIN, TAIL)
+                _add_round(dk_rows + channels, dv_sums, dv_tail, real, first > 0, last, MAIN, TAIL)
                 if dpad_ptr is not None:
                     _store_padded(pad_row, dk_tail, padded, cut, first > 0, MAIN, TAIL)
                     _store_padded(pad_row + channels, dv_tail, padded, cut, first > 0, MAIN, TAIL)
@@ -288,7 +320,7 @@ def _image_attention_backward_window(
 
 
 def serves(qkv: torch.Tensor, heads: int, window: tuple[int, int], scale: float) -> bool:
-    """16 bits, a head dim of at most MAX_DIM without padding, a scale to divide by, and a window whose tokens are 32-bit offsets
+    """16 bits, a head dim of at most MAX_DIM without padding, a scale within SCALES, and a window whose tokens are 32-bit offsets
     apart."""
     if not row_for("image_attention_backward_query", qkv, heads, window)[0].get("ONE_PASS"):
         return False
@@ -296,7 +328,7 @@ def serves(qkv: torch.Tensor, heads: int, window: tuple[int, int], scale: float)
     dim = channels // (3 * heads)
     apart = window[0] * max(qkv.stride(1), width * channels) + window[1] * max(qkv.stride(2), channels) + channels
     filled = dim == sum(split_head_dim(dim, qkv.element_size())) <= MAX_DIM
-    return filled and qkv.element_size() == 2 and max(window) <= SIDE and scale > 1e-6 and apart < 2**31
+    return filled and qkv.element_size() == 2 and max(window) <= SIDE and SCALES[0] <= scale <= SCALES[1] and apart < 2**31
 
 
 def _steps(window: tuple[int, int], block: int) -> tuple[int, int]:
@@ -305,11 +337,14 @@ def _steps(window: tuple[int, int], block: int) -> tuple[int, int]:
     return columns, triton.cdiv(window[0], block // columns)
 
 
-def partial_sums(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> tuple[int, int]:
-    """The first dimensions of dtables and dpad."""
+def partial_sums(qkv: torch.Tensor, heads: int, window: tuple[int, int]) -> tuple[int, int, int]:
+    """The first dimensions of dtables and dpad, and the rows of a program in dkv: 0 where it is to be None."""
+    row = config("image_attention_backward_window", target_of(qkv))
     down, across = windows_of(qkv, window)
-    steps = _steps(window, config("image_attention_backward_window", target_of(qkv))["BLOCK_N"])[1]
-    return qkv.shape[0] * down * across * heads, qkv.shape[0] * down * across * steps
+    columns, steps = _steps(window, row["BLOCK_N"])
+    queries = min(window[0], qkv.shape[1]) * min(window[1], qkv.shape[2])
+    places = 2 * window[0] * columns if queries > row["BLOCK_M"] else 0
+    return qkv.shape[0] * down * across * heads, qkv.shape[0] * down * across * steps, places
 
 
 @planned
@@ -325,10 +360,11 @@ def launch_image_attention_backward_window(
     dout: torch.Tensor,
     lse: torch.Tensor,
     dqkv: torch.Tensor,
+    dkv: torch.Tensor | None,
     dtables: torch.Tensor | None,
     dpad: torch.Tensor | None,
 ) -> None:
-    """Fills dqkv and, unless they are None, dtables and dpad, as many as ``partial_sums`` says."""
+    """Fills dqkv and, unless they are None, dtables and dpad; their sizes and that of dkv, scratch: ``partial_sums``."""
     row = config("image_attention_backward_window", target_of(qkv))
     down, across = windows_of(qkv, window)
     columns, steps = _steps(window, row["BLOCK_N"])
@@ -344,6 +380,7 @@ def launch_image_attention_backward_window(
         dout_ptr=dout,
         lse_ptr=lse,
         dqkv_ptr=dqkv,
+        dkv_ptr=dkv,
         dtables_ptr=dtables,
         dpad_ptr=dpad,
         windows=down * across,

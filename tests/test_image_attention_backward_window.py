@@ -118,14 +118,50 @@ def test_large_scores_below_zero_leave_missing_keys_without_weight(one_pass, dev
     assert names == ["image_attention_backward_window"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "one", "first", "second"), [(torch.float16, 8000, 8000, -7900), (torch.bfloat16, 1 + 2**-7, 1, -1)], ids=str
+)
+def test_sums_between_rounds_are_not_rounded(one_pass, device, dtype, one, first, second):
+    """One key has all weight, and the rounds' shares of its dV nearly cancel: 32 · 8000 is no fp16, 32 + 2⁻⁷ no bf16."""
+    names = one_pass(32)
+    qkv, upstream = torch.zeros(1, 8, 8, 48), torch.full((1, 8, 8, 16), float(first))
+    qkv[..., 0], qkv[0, 0, 0, 16] = 4.0, 40.0
+    upstream[0, 0, 0], upstream[0, 4:] = one, second
+    qkv, upstream = qkv.to(dtype).to(device).requires_grad_(), upstream.to(dtype).to(device)
+    table = torch.zeros(15, 16, dtype=dtype, device=device)
+    out = functional.image_attention(qkv, num_heads=1, rel_pos_h=table, rel_pos_w=table)
+    (gradient,) = torch.autograd.grad(out, qkv, upstream)
+    expected = upstream.float().sum((0, 1, 2)).to(dtype)
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(gradient[0, 0, 0, 32:], expected)
+    assert gradient.isfinite().all()
+    assert names == ["image_attention_backward_window"]
+
+
+def test_positions_beyond_fp16_leave_the_other_keys_alone(one_pass, device):
+    names = one_pass(64)
+    arguments = _arguments(device, torch.float16, grid=(3, 3), window=3)
+    del arguments["pad_qkv"]
+    arguments["qkv"][..., 0], arguments["rel_pos_h"][0, 0] = 100.0, -1000.0
+    tensors = [value.requires_grad_() for value in arguments.values() if isinstance(value, torch.Tensor)]
+    out = functional.image_attention(**arguments)
+    found = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert out.isfinite().all()
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert names == ["image_attention_backward_window"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("option", ["no tables", "float32", "a negative scale", "a padded head dim", "a large window"])
+@pytest.mark.parametrize(
+    "option", ["no tables", "float32", "a negative scale", "a small scale", "a padded head dim", "a large window"]
+)
 def test_what_one_pass_does_not_serve_takes_two(one_pass, device, option):
     names = one_pass(64)
-    dtype, window = torch.float32 if option == "float32" else torch.bfloat16, 17 if option == "a large window" else 3
+    dtype = {"float32": torch.float32, "a small scale": torch.float16}.get(option, torch.bfloat16)
+    window = 17 if option == "a large window" else 3
     dim = 8 if option == "a padded head dim" else 16
     arguments = _arguments(device, dtype, grid=(4, 3), window=window, rel=option != "no tables", dim=dim)
-    _check(arguments, scale=-0.5 if option == "a negative scale" else None)
+    _check(arguments, scale={"a negative scale": -0.5, "a small scale": 2.0**-17}.get(option))
     assert names == ["image_attention_backward_query", "image_attention_backward_key"]
 
 
@@ -134,3 +170,10 @@ def test_tokens_too_far_apart_for_its_offsets_take_two_passes(one_pass):
     for stride, served in ((2**26, True), (2**30, False)):
         qkv = torch.empty_strided((1, 6, 6, 48), (0, stride, 48, 1), dtype=torch.bfloat16, device="meta")
         assert serves(qkv, 1, (6, 6), 0.25) is served
+
+
+def test_scales_that_16_bits_cannot_be_divided_by_take_two_passes(one_pass):
+    one_pass(64)
+    qkv = torch.empty(1, 6, 6, 48, dtype=torch.float16, device="meta")
+    served = {power: serves(qkv, 1, (6, 6), 2.0**power) for power in (-25, -16, -13, -12, -2, 12, 13, 25)}
+    assert served == {power: -12 <= power <= 12 for power in served}

@@ -96,6 +96,18 @@ def test_the_sum_alone(split, device, served, scaled, monkeypatch):
     torch.testing.assert_close(total, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("served", ["kernel", "vendor"])
+@pytest.mark.parametrize("scaled", [True, False], ids=["LayerScale", "plain"])
+def test_the_sum_alone_keeps_a_float32_residual(split, device, served, scaled, monkeypatch):
+    arguments = _arguments(5, 48, 130, torch.bfloat16, device) | ({} if scaled else {"scale": None})
+    arguments["residual"] = arguments["residual"].float() + 2**-12  # which 16 bits do not hold
+    arguments |= {name: torch.zeros_like(arguments[name]) for name in ("input", "bias")}
+    monkeypatch.setattr(dispatch, "linear_add_norm", lambda a, b: served)
+    total = linear_add_norm_forward(*list(arguments.values())[:5], None, None, None)[1]
+    assert total.dtype == torch.float32
+    assert torch.equal(total, arguments["residual"])
+
+
 def test_the_same_bits_every_time(split, device):
     arguments = _arguments(17, 48, 200, torch.bfloat16, device)
     first, second = _ours(**arguments), _ours(**arguments)

@@ -139,15 +139,17 @@ def _in_one_pass(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(drel_pos_h, drel_pos_w, dpad_qkv), each None where ``likes`` has none; fills dqkv."""
     kernel = kernels.image_attention_backward_window
-    dtables = sums = dpad = None
-    programs, parts = kernel.partial_sums(qkv, num_heads, window)
+    dkv = dtables = sums = dpad = None
+    programs, parts, places = kernel.partial_sums(qkv, num_heads, window)
+    if places:
+        dkv = scratch(qkv.new_empty(programs, places, tables[0].shape[1], dtype=torch.float32))
     if likes[0] is not None:
         dtables = scratch(qkv.new_empty(programs, 2, kernel.TABLE * tables[0].shape[1], dtype=torch.float32))
     padded = qkv.shape[1] % window[0] or qkv.shape[2] % window[1]
     if likes[2] is not None and padded:
         sums = scratch(qkv.new_empty(parts, 2 * qkv.shape[3] // 3, dtype=torch.float32))
     kernel.launch_image_attention_backward_window(
-        qkv, pad, *tables, num_heads, window, scale, out, dout, lse, dqkv, dtables, sums
+        qkv, pad, *tables, num_heads, window, scale, out, dout, lse, dqkv, dkv, dtables, sums
     )
     partials, results = [], []
     dtable_h = dtable_w = None

@@ -23,7 +23,10 @@ def linear_add_norm_forward(
     norm_bias: Tensor | None,
     eps: float | None,
 ) -> tuple[Tensor | None, Tensor]:
-    """(LN(total), total), total (..., N) = residual + layer_scale·(input (..., K) · weight (N, K)ᵀ + bias); eps None: no norm."""
+    """(LN(total), total), total (..., N) = residual + layer_scale·(input (..., K) · weight (N, K)ᵀ + bias); eps None: no norm.
+
+    Both of the dtype that residual and input promote to.
+    """
     a, b = _rows(input), _matrix(weight)
     parts = kernels.linear_split_norm.parts_of(a, b)
     if parts > 1 and (dispatch.linear_add_norm(a, b) == "kernel" or kernels._launch.recording()):
@@ -36,10 +39,14 @@ def linear_add_norm_forward(
         return y, total
     branch = linear_forward(input, weight, bias, None, False)[0]
     if eps is None:
+        total, dtype = branch, _total_dtype(residual, branch)
+        if dtype != branch.dtype:
+            total = residual.new_empty(residual.shape, dtype=dtype)
+            scratch(branch)
         if layer_scale is None:
-            fill(branch, torch.add, residual, branch)
+            fill(total, torch.add, residual, branch)
         else:
-            fill(branch, torch.addcmul, residual, branch, layer_scale)
-        return None, branch
+            fill(total, torch.addcmul, residual, branch, layer_scale)
+        return None, total
     scratch(branch)
     return add_layer_norm_forward(residual, branch, norm_weight, norm_bias, eps, layer_scale, False)[:2]
