@@ -243,6 +243,20 @@ def test_a_block_of_images_is_one_function(options, mixed, device):
     assert_equal_gradients(found[1], found[0], 3e-2 if mixed else 5e-4)
 
 
+@pytest.mark.parametrize("others", [(), ("attn.proj", "mlp")], ids=["alone", "and what is above attention"])
+def test_tables_of_relative_positions_are_trained_by_themselves(others, device):
+    block, _, x = images_of({"window_size": 2, "rel_pos_size": 2}, device)
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_(name.startswith(("attn.rel_pos", *others)))
+    wanted = {name: parameter for name, parameter in block.named_parameters() if parameter.requires_grad}
+    with fastvit.use_backend("torch"):
+        expected = torch.autograd.grad(block(x).square().sum(), list(wanted.values()))
+    out = block(x)
+    assert out.grad_fn.name() == ONE
+    found = torch.autograd.grad(out.square().sum(), list(wanted.values()))
+    assert_equal_gradients(dict(zip(wanted, found, strict=True)), dict(zip(wanted, expected, strict=True)))
+
+
 def test_tables_of_another_size_go_by_the_operators(device):
     ours, original, x = images_of({"rel_pos_size": 5}, device)
     with fastvit.use_backend("torch"):

@@ -102,7 +102,7 @@ def block_backward(
         scratch(dbranch)
         if mask1 is not None:
             fill(dbranch, torch.mul, dbranch, mask1)
-    below = any(wants[:3]) or any(wants[FIXED:])
+    below = any(wants[:3]) or any(wants[13:])
     drows, grads[3], grads[4] = linear_backward(
         dbranch, rows_of(attended, window), out_weight, None, None, True, [below, wants[3], wants[4]], dtype
     )
