@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree
 
 T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # Student's t, 95 %, one side, 1 to 9 degrees of freedom
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO takes them
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # as DINO takes them, of the first at most
 
 
 def features(output: Any, chosen: Callable[[Any], Tensor] | None) -> Tensor:
@@ -45,25 +45,66 @@ def upper(found: Tensor) -> float:
     return (found.mean() + t * found.std() / count**0.5).item()
 
 
-def classes(found: list[Tensor], exact: list[Tensor], labels: Tensor | None) -> Tensor | None:
-    """The class of every picture: of logits (B, classes) the largest; of other features, with ``labels``, by ``nearest``."""
-    if all(tensor.dim() == 2 for tensor in exact):
-        return torch.cat([tensor.argmax(1) for tensor in found])
+def are_logits(model: Any, output: Any, chosen: Callable[[Any], Tensor] | None) -> bool:
+    """Whether ``features`` of ``output`` are a classifier's logits (B, classes): with nothing ``chosen``, and by the model.
+
+    Its output has ``logits`` (Hugging Face), or its ``head``, ``heads``, ``classifier`` or ``fc`` (fastvit, timm, torchvision)
+    holds a linear to as many classes. Pooled embeddings, of as many dimensions, have no such head.
+    """
+    if chosen is not None:
+        return False
+    found = features(output, None)
+    if found.dim() != 2:
+        return False
+    heads = [head for name in ("head", "heads", "classifier", "fc") if isinstance(head := getattr(model, name, None), nn.Module)]
+    linears = (m for head in heads for m in head.modules() if isinstance(m, nn.Linear))
+    return getattr(output, "logits", None) is found or any(m.out_features == found.shape[1] for m in linears)
+
+
+def classes(found: list[Tensor], exact: list[Tensor], labels: Tensor | None, logits: bool) -> Tensor | None:
+    """The class of every picture: of ``logits`` the largest; of other features, with ``labels``, by ``nearest``; −1 of NaN."""
+    if logits:
+        return torch.cat([tensor.argmax(1).masked_fill(tensor.isnan().any(1), -1) for tensor in found])
     return None if labels is None else nearest(_of_pictures(found), _of_pictures(exact), labels)
 
 
-def nearest(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """The classes (B,) of queries (B, C) by their nearest neighbours in the bank (B, C) with ``labels`` (B,), but for themselves.
+def share(classes: Tensor | None, others: Tensor | None) -> float | None:
+    """How many pictures are of the same class, of all; one of no class agrees with none."""
+    if classes is None or others is None:
+        return None
+    return ((classes == others) & (classes >= 0)).double().mean().item()
 
-    20 neighbours vote, each exp(cosine / 0.07) (Wu et al. 2018; Caron et al. 2021, DINO).
+
+def neighbours(labels: Tensor) -> int:
+    """How many vote: 20, or as many others as the smallest class has, whose pictures would be outvoted by counts alone.
+
+    Raises ``ValueError`` for one class, or one that has a single picture.
     """
+    counts = labels.unique(return_counts=True)[1]
+    if len(counts) < 2 or counts.min() < 2:
+        raise ValueError(
+            f"labels have {len(counts)} classes, the smallest of {counts.min()} pictures; expected 2 classes or more with 2"
+            " pictures or more each, for features that take their class from their nearest neighbours"
+        )
+    return min(NEIGHBOURS, int(counts.min()) - 1)
+
+
+def nearest(queries: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """The classes (B,) of queries (B, C) by their nearest ``neighbours`` in the bank (B, C) with ``labels`` (B,), but for
+    themselves; −1 for one that is infinite or NaN, which is no neighbour either.
+
+    Each votes with exp(cosine / 0.07) (Wu et al. 2018; Caron et al. 2021, DINO).
+    """
+    count, (names, given) = neighbours(labels), labels.unique(return_inverse=True)
     similarity = F.normalize(queries.double(), dim=-1) @ F.normalize(bank.double(), dim=-1).t()
     similarity.fill_diagonal_(-torch.inf)
-    cosines, indices = similarity.topk(min(NEIGHBOURS, len(bank) - 1))
-    votes = torch.zeros(len(queries), int(labels.max()) + 1, dtype=torch.float64)
-    return votes.scatter_add_(1, labels[indices], (cosines / TEMPERATURE).exp()).argmax(1)
+    similarity[:, ~bank.isfinite().all(-1)] = -torch.inf
+    cosines, indices = similarity.topk(count)
+    votes = torch.zeros(len(queries), len(names), dtype=torch.float64)
+    said = votes.scatter_add_(1, given[indices], (cosines / TEMPERATURE).exp()).argmax(1)
+    return names[said].masked_fill(~queries.isfinite().all(-1), -1)
 
 
 def _of_pictures(found: list[Tensor]) -> Tensor:
     """(B, C): the mean over the places of a picture."""
-    return torch.cat([tensor.flatten(1, -2).mean(1) for tensor in found])
+    return torch.cat([tensor.flatten(1, -2).mean(1) if tensor.dim() > 2 else tensor for tensor in found])

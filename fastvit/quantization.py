@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from . import agreement, reference_quantized, simulation
 from .integrations.quantized import CalibratedWeight
@@ -31,9 +32,10 @@ class Accuracy:
     part) → why it stays. ``skipped``: block → why none of it can. ``feature_cosine``: mean over output vectors, ``worst_cosine``
     their least, both of the choice; ``cosine_bound``: what the mean over pictures like these is above with 95 % confidence, None
     for one picture; a little too high, since the same pictures made the choice. ``full_cosine``: the mean with every part in 8
-    bits. ``top1_agreement``: share of pictures of the same class with and without: outputs (B, classes) have the largest entry's,
-    others, where labels were given, their nearest neighbours', else None. ``top1``, ``top1_exact``: share of right classes with
-    8 bits and without, None without labels. ``share``: of the blocks' linears, by multiplications, that are in 8 bits.
+    bits. ``top1_agreement``: share of pictures of the same class with and without: logits have the largest entry's, others, where
+    labels were given, their nearest neighbours', else None; one that is NaN agrees with none. ``top1``, ``top1_exact``: share of
+    right classes with 8 bits and without, None without labels.
+    ``share``: of the blocks' linears, by multiplications, that are in 8 bits.
     ``pictures``: how many there were. ``calibrated``: linear → what its weight is rounded to, of a calibration.
     """
 
@@ -135,18 +137,22 @@ def accuracy(
         calibration: more such inputs, other pictures than those of ``inputs``, some thousands of tokens. Weights are then not
             rounded to the nearest, but so that the products of inputs like these err least (``quantize_fitted`` of
             ``fastvit.reference_quantized``, Frantar et al. 2022), which takes nothing where they are used.
-        labels: the class, from 0 on, of every picture of ``inputs``, for ``top1``. Features of another form than (B, classes)
-            take it by their nearest neighbours among these pictures' exact features, each the mean over its places.
+        labels: the class, from 0 on, of every picture of ``inputs``, for ``top1``. The model's own output (B, classes) is logits
+            where it is named so (Hugging Face), or where the model's ``head``, ``heads``, ``classifier`` or ``fc`` holds a linear
+            to as many. What ``features`` chooses, embeddings and tokens take their class by their nearest neighbours among these
+            pictures' exact features, each the mean over its places: 20, or as many others as the smallest class has.
 
-    Raises ``TypeError`` when ``model`` is no module, ``ValueError`` for no inputs, an unknown ``precision``, a ``promote`` that
-    is negative or not FP8's, a ``min_cosine`` outside of 0 … 1, ``labels`` that are not one a picture, a calibration that gives
-    infinite or NaN, an output without a tensor, or a model without a block that 8-bit linears can serve.
+    Raises ``TypeError`` when ``model`` is no module or inputs are not of those kinds, ``ValueError`` for no inputs or no picture
+    in them, an unknown ``precision``, a ``promote`` that is no integer, negative or not FP8's, a ``min_cosine`` that is no number
+    within 0 … 1, ``labels`` that are not an integer a picture or beyond the classes of logits, or, for nearest neighbours, fewer
+    than two classes or a class of one picture, a calibration that gives infinite or NaN, an output without a tensor, or a model
+    without a block that 8-bit linears can serve.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is {type(model).__name__}; expected a torch.nn.Module")
     dtype = _format(precision, promote)
-    if min_cosine is not None and not 0 < min_cosine < 1:
-        raise ValueError(f"min_cosine is {min_cosine}; expected a number between 0 and 1")
+    if min_cosine is not None and not (isinstance(min_cosine, int | float) and 0 < min_cosine < 1):
+        raise ValueError(f"min_cosine is {min_cosine!r}; expected a number between 0 and 1")
     batches = _batches("inputs", inputs)
     with simulation.own_forwards(model), evaluated(model), eager_where_compiled(model):
         rounding = simulation.find(model, dtype)
@@ -158,12 +164,18 @@ def accuracy(
         _calibrate(rounding, calibration)
 
         def run(parts: Iterable[Part], errors: dict[str, float] | None = None) -> list[Tensor]:
+            found = []
             with rounding.applied(parts, promote, errors):
-                return [agreement.features(output, features).cpu() for output in simulation.outputs(model, batches)]
+                for output in simulation.outputs(model, batches):
+                    found.append(agreement.features(output, features).cpu())
+                    are_logits.append(agreement.are_logits(model, output, features))
+            return found
 
+        are_logits: list[bool] = []
         errors: dict[str, float] = {}
         exact = run(())
-        given = _labels(labels, sum(map(len, exact)))
+        logits = all(are_logits)
+        given = _labels(labels, exact, logits)
         full = run(rounding.paths, errors)
         losses: dict[Part, Tensor] = {}
         chosen, result = list(rounding.paths), full
@@ -179,7 +191,7 @@ def accuracy(
     cosines = torch.cat([agreement.cosine(a, b).flatten() for a, b in zip(result, exact, strict=True)])
     each = agreement.losses(result, exact)
     means = {part: loss.mean().item() for part, loss in losses.items()}
-    said, meant = (agreement.classes(outputs, exact, given) for outputs in (result, exact))
+    said, meant = (agreement.classes(outputs, exact, given, logits) for outputs in (result, exact))
     paths = {path for part in chosen for path in rounding.paths[part]}
     return Accuracy(
         precision=precision,
@@ -192,13 +204,13 @@ def accuracy(
         worst_cosine=cosines.min().item(),
         cosine_bound=1 - agreement.upper(each) if len(each) > 1 else None,
         full_cosine=1 - agreement.losses(full, exact).mean().item(),
-        top1_agreement=_share(said, meant),
+        top1_agreement=agreement.share(said, meant),
         share=rounding.share(chosen),
         min_cosine=min_cosine,
         pictures=len(each),
         calibrated={path: weight for path, weight in rounding.calibrated.items() if path in paths},
-        top1=_share(said, given),
-        top1_exact=_share(meant, given),
+        top1=agreement.share(said, given),
+        top1_exact=agreement.share(meant, given),
     )
 
 
@@ -249,28 +261,42 @@ def _batches(name: str, inputs: Any) -> list:
     batches = [inputs] if isinstance(inputs, Tensor | Mapping) else list(inputs)
     if not batches:
         raise ValueError(f"{name} is empty; expected {INPUTS}")
+    for batch in batches:
+        if not isinstance(batch, Tensor | tuple | Mapping):
+            raise TypeError(f"{name} holds a {type(batch).__name__}; expected {INPUTS}")
+        first = next(iter(_pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)), None)
+        if isinstance(first, Tensor) and not first.numel():
+            raise ValueError(f"{name} holds a tensor {tuple(first.shape)}; expected a picture or more in each")
     return batches
 
 
-def _labels(labels: Sequence[int] | Tensor | None, pictures: int) -> Tensor | None:
+def _labels(labels: Sequence[int] | Tensor | None, exact: list[Tensor], logits: bool) -> Tensor | None:
     if labels is None:
         return None
-    found = torch.as_tensor(labels).cpu()
-    if found.shape != (pictures,) or found.is_floating_point() or found.min() < 0:
+    pictures = sum(map(len, exact))
+    try:
+        found = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"labels are {labels!r:.80}; expected an integer from 0 on for each of {pictures} pictures") from None
+    whole = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    if found.shape != (pictures,) or not whole or found.long().min() < 0:
         raise ValueError(
             f"labels are {tuple(found.shape)} in {found.dtype}; expected an integer from 0 on for each of {pictures} pictures"
         )
-    return found.long()
-
-
-def _share(classes: Tensor | None, others: Tensor | None) -> float | None:
-    return None if classes is None or others is None else (classes == others).double().mean().item()
+    found = found.long()
+    if not logits:
+        agreement.neighbours(found)
+    elif found.max() >= exact[0].shape[1]:
+        raise ValueError(
+            f"labels go up to {found.max()}; expected them below {exact[0].shape[1]}, the classes of the model's logits"
+        )
+    return found
 
 
 def _format(precision: Any, promote: int | None) -> torch.dtype:
     if not isinstance(precision, str) or precision not in reference_quantized.FORMATS:
         names = " or ".join(map(repr, reference_quantized.FORMATS))
         raise ValueError(f"precision is {precision!r}; expected {names}")
-    if promote is not None and (precision != "fp8" or promote < 0):
+    if promote is not None and (precision != "fp8" or type(promote) is not int or promote < 0):
         raise ValueError(f"promote is {promote} for {precision!r}; expected None, or for 'fp8' a number of products from 0 on")
     return reference_quantized.FORMATS[precision]

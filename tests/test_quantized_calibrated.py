@@ -9,12 +9,13 @@ import torch.nn.functional as F
 
 import fastvit
 from fastvit import agreement, quantization
+from fastvit._torchvision import ensure_importable
 from fastvit.integrations import swap
 from fastvit.integrations.quantized import CalibratedWeight, bound_of_hidden
 from fastvit.ops import quantized
 from fastvit.reference_quantized import DAMPING, E4M3, INT8, dequantize, hidden_scale, quantize, quantize_fitted
 from tests.conftest import ON_GPU
-from tests.models_for_acceleration import hf_dinov2, image, timm_vit
+from tests.models_for_acceleration import hf_dinov2, hf_vit, image, timm_vit, torchvision_vit
 
 if ON_GPU and (_reason := quantized.why_not("fp8", torch.device("cuda"))):
     pytest.skip(_reason, allow_module_level=True)
@@ -204,13 +205,50 @@ def test_what_is_no_calibration():
 
 
 def test_nearest_neighbours_vote():
-    """None votes for itself; one at cosine 0.9 counts for more than two at 0.8; at most 20 vote."""
-    bank = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.8, 0.6], [0.8, -0.6]])
-    assert agreement.nearest(bank, bank, torch.tensor([0, 1, 2, 2])).tolist()[0] == 1
+    """None votes for itself; one at cosine 0.9 counts for more than two at 0.8; at most 20 vote, or the least class less one."""
+    bank = torch.tensor([[1.0, 0.0], [0.9, 0.19**0.5], [0.8, 0.6], [0.8, -0.6]] + [[-1.0, 0.0]] * 4)
+    labels = torch.tensor([7, 7, 2**40, 2**40, 7, 7, 2**40, 2**40])
+    assert agreement.nearest(bank, bank, labels).tolist()[0] == 7
     assert (2 * torch.tensor(0.8 / 0.07).exp() < torch.tensor(0.9 / 0.07).exp()).item()
     many = torch.tensor([[1.0, 0.0]] * 21 + [[0.999, (1 - 0.999**2) ** 0.5]] * 40)
     said = agreement.nearest(many, many, torch.tensor([0] * 21 + [1] * 40))
     assert said.tolist()[:21] == [0] * 21, "of 60 others all but 20 are of class 1"
+    pairs = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]])
+    assert agreement.nearest(pairs, pairs, torch.tensor([0, 0, 1, 1])).tolist() == [0, 0, 1, 1]
+
+
+def test_what_is_not_finite_agrees_with_nothing():
+    logits = torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])
+    said = agreement.classes([logits], [logits], None, True)
+    assert agreement.share(said, said) == 0.5
+    pairs = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0], [torch.nan, 1.0]])
+    said = agreement.classes([pairs], [pairs], torch.tensor([0, 0, 1, 1, 1]), False)
+    assert said.tolist() == [0, 0, 1, 1, -1]
+    assert agreement.share(said, said) == 0.8
+
+
+def logits_of(model, chosen=None):
+    return agreement.are_logits(model, model(image()), chosen)
+
+
+@torch.no_grad()
+def test_what_is_logits_is_said_by_the_model():
+    from transformers import ViTForImageClassification
+
+    whole = timm_vit(depth=1)
+    assert logits_of(whole)
+    assert not logits_of(whole, lambda out: out)
+    whole.reset_classifier(0)
+    assert not logits_of(whole)
+    assert not logits_of(timm_vit(depth=1, num_classes=0, global_pool="avg"))
+    assert not logits_of(hf_dinov2(num_hidden_layers=1), lambda out: out.last_hidden_state[:, 0])
+    assert not logits_of(hf_dinov2(num_hidden_layers=1))
+    assert logits_of(ViTForImageClassification(hf_vit(num_hidden_layers=1).config))
+    ensure_importable()
+    other = torchvision_vit()
+    assert logits_of(other)
+    other.heads = torch.nn.Identity()
+    assert not logits_of(other)
 
 
 @torch.no_grad()
@@ -234,15 +272,52 @@ def test_top1_of_logits():
     model, x = timm_vit(depth=1), image(batch=4)
     right = model(x).argmax(1)
     assert quantization.accuracy(model, x, min_cosine=0.5, labels=right).top1_exact == 1.0
-    found = quantization.accuracy(model, x, min_cosine=0.5, labels=right + 1)
+    found = quantization.accuracy(model, x, min_cosine=0.5, labels=(right + 1) % 5)
     assert found.top1_exact == 0.0
     assert found.top1 == 0.0 or found.top1_agreement < 1
 
 
-@pytest.mark.parametrize("labels", [[0, 1], [0.0] * 6, [0, 1, 0, 1, 0, -1]], ids=["too few", "fractions", "negative"])
+NO_LABELS = {
+    "too few": [0, 1],
+    "fractions": [0.0] * 6,
+    "negative": [0, 1, 0, 1, 0, -1],
+    "truths": [True, False] * 3,
+    "complex": torch.ones(6, dtype=torch.complex64),
+    "none": [None] * 6,
+    "a mapping": {0: 1},
+    "words": ["a"] * 6,
+}
+
+
+@pytest.mark.parametrize("labels", NO_LABELS.values(), ids=NO_LABELS.keys())
 def test_what_is_no_label(labels):
     with pytest.raises(ValueError, match=r"labels are .*; expected an integer from 0 on for each of 6 pictures"):
         small("fp8", labels=labels)
+
+
+def test_labels_that_tell_nothing():
+    model = timm_vit(depth=1)
+    with pytest.raises(ValueError, match=r"labels go up to 5; expected them below 5, the classes of the model's logits"):
+        quantization.accuracy(model, image(), labels=[0, 5])
+    for labels in ([0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 2, 3]):
+        with pytest.raises(ValueError, match=r"labels have . classes, the smallest of . pictures; expected 2 classes or more"):
+            quantization.accuracy(model, image(batch=4), features=lambda out: out, labels=labels)
+
+
+BAD = {
+    "no pictures": ({"inputs": image()[:0]}, ValueError, r"inputs holds a tensor \(0, 3, 24, 24\); expected a picture or more"),
+    "calibration": ({"calibration": [image(), image()[:0]]}, ValueError, r"calibration holds a tensor \(0, 3, 24, 24\)"),
+    "a fraction": ({"promote": 1.5}, ValueError, r"promote is 1\.5 for 'fp8'; expected None, or for 'fp8' a number"),
+    "a word": ({"min_cosine": "0.9"}, ValueError, r"min_cosine is '0\.9'; expected a number between 0 and 1"),
+    "an integer": ({"inputs": [3]}, TypeError, r"inputs holds a int; expected tensors"),
+    "words": ({"inputs": "abc"}, TypeError, r"inputs holds a str; expected tensors"),
+}
+
+
+@pytest.mark.parametrize(("given", "error", "said"), BAD.values(), ids=BAD.keys())
+def test_bad_input(given, error, said):
+    with pytest.raises(error, match=said):
+        quantization.accuracy(timm_vit(depth=1), **{"inputs": image(), **given})
 
 
 def test_cosines_are_what_they_were():
