@@ -6,9 +6,11 @@ import gc
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
+from fastvit.integrations.swap import is_served
 from fastvit.nn import EncoderBlock
 from fastvit.ops import _casts, linear
 from tests import models_for_acceleration as models
@@ -210,6 +212,38 @@ def test_a_drop_path_that_is_watched_is_called_with_the_branch(device):
     with torch.no_grad():
         ours(x)
     assert len(seen) == 2
+
+
+class NoisyDropPath(torch.nn.Module):
+    """Adds to a branch, by its values and not by its samples."""
+
+    def forward(self, branch):
+        return branch + branch.abs() * torch.rand_like(branch) if self.training else branch
+
+
+class NormDropPath(DropPath):
+    """Drops the samples of smaller branches."""
+
+    def forward(self, branch):
+        norms = branch.detach().flatten(1).norm(dim=1)
+        return branch * (norms > norms.median())[:, None, None] if self.training else branch
+
+
+@pytest.mark.parametrize("kind", [NoisyDropPath, NormDropPath])
+def test_a_drop_path_of_another_kind_is_called_with_the_branch(kind, device):
+    def build():
+        model, blocks = last_of_timm()
+        blocks[0].drop_path1, blocks[0].drop_path2 = kind(), kind()
+        return model, blocks
+
+    ours, original, x = made(build, device)
+    assert is_served(ours)
+    found = []
+    for block in (original, ours):
+        block.train()
+        with seeded(5):
+            found.append(gradients(block, x))
+    assert_equal_gradients(found[1], found[0])
 
 
 def images_of(options, device):

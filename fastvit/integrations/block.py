@@ -83,6 +83,7 @@ TORCH = SimpleNamespace(
     mlp=_torch_mlp,
 )
 TRITON = functional
+DROP_PATH_PACKAGES = ("timm", "transformers", "fastvit")
 
 
 def choose_backend(pinned: str, x: Tensor) -> str:
@@ -191,7 +192,7 @@ def _at_once(
     if any(_active(*map(child, drops))):
         return None
     drop_paths = [_training(parts.part(residual.drop_path)) for residual in layout.residuals]
-    if any(path is not None and (not torch.is_grad_enabled() or _watched(path)) for path in drop_paths):
+    if any(path is not None and not (torch.is_grad_enabled() and _by_sample(path)) for path in drop_paths):
         return None
     owner = child(attention.owner)
     heads = next(count for count in [attribute(owner, name) for name in layouts.HEAD_COUNTS] if count is not None)
@@ -444,6 +445,15 @@ def _active(*dropouts: Any) -> Iterator[nn.Module]:
 
 def _training(drop_path: Any) -> Any:
     return drop_path if drop_path is not None and drop_path.training else None
+
+
+def _by_sample(drop_path: nn.Module) -> bool:
+    """Whether all it does is to multiply each sample by a number that does not depend on the branch: the libraries' own, which
+    no one watches or changed."""
+    kind = type(drop_path)
+    if kind.__module__.partition(".")[0] not in DROP_PATH_PACKAGES or not kind.__name__.endswith("DropPath"):
+        return False
+    return getattr(vars(kind).get("forward"), "__module__", None) == kind.__module__ and not _watched(drop_path)
 
 
 def _watched(module: nn.Module) -> bool:
