@@ -75,8 +75,10 @@ class Accuracy:
                 " give accuracy and accelerate the same module"
             )
         for name, weight in self.calibrated.items():
-            if not (now := modules[name].weight).is_meta:
-                weight.check(name, now)
+            linear = modules.get(name)
+            now, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+            if not isinstance(now, Tensor) or not now.is_meta:
+                weight.check(name, now, bias)
 
     def calibrated_in(self, block: str) -> dict[str, CalibratedWeight]:
         """Path within the block → what the linear's weight is rounded to."""

@@ -112,7 +112,11 @@ class Rounding:
             found = self._inputs([paths[0] for paths in held], run)
             for first, path in ((paths[0], path) for paths in held for path in paths):
                 if first in found:  # it was called
-                    self.calibrated[path] = CalibratedWeight.of(self._linear(path).weight, self.dtype, *found[first])
+                    self.calibrated[path] = self._fitted(path, found[first])
+
+    def _fitted(self, path: str, moments: tuple[Tensor, Tensor, Tensor]) -> CalibratedWeight:
+        linear = self._linear(path)
+        return CalibratedWeight.of(linear.weight, self.dtype, *moments, linear.bias)
 
     def _bytes(self, paths: tuple[str, ...]) -> int:
         return 4 * self._linear(paths[0]).in_features ** 2

@@ -120,7 +120,7 @@ def test_the_hidden_layers_bound_is_of_the_weights_as_rounded():
     """A calibration moves weights by more than a rounding, which the bound must not leave out."""
     weight, shift = torch.randn(8, 32), torch.full((8,), 1000.0)
     values, scale = quantize(2 * weight, E4M3)
-    known = CalibratedWeight(E4M3, values.view(torch.uint8), scale, shift, weight.sum(-1))
+    known = CalibratedWeight(E4M3, values.view(torch.uint8), scale, shift, frozenset(), frozenset())
     expected = hidden_scale(dequantize(values, scale), shift + 1, None, None)
     assert torch.equal(bound_of_hidden(known, weight, torch.ones(8), None, None), expected)
     assert expected > 2 * hidden_scale(weight, torch.ones(8), None, None)
@@ -164,7 +164,9 @@ def test_a_served_model_takes_what_was_calibrated(device, precision):
         again, before = (w.on(torch.device("cpu"))[0] for w in (weight, found.calibrated[f"blocks.0.{name}"]))
         assert torch.equal(again.view(torch.uint8), before.view(torch.uint8))
     model.blocks[0].mlp.fc2.weight.mul_(-1)
-    with pytest.raises(ValueError, match=r"8 bits were calibrated for another weight than mlp\.fc2 has now: call fastvit"):
+    with pytest.raises(
+        ValueError, match=r"8 bits were calibrated for another weight or bias than mlp\.fc2 has now: call fastvit"
+    ):
         model(x)
 
 
@@ -178,10 +180,32 @@ def test_a_calibration_is_for_its_weights():
         quantization.simulated(model, found, calibration=[]),
     ):
         pass
-    noise = torch.randn(model.blocks[0].attn.qkv.weight.shape, generator=torch.Generator().manual_seed(0))
-    model.blocks[0].attn.qkv.weight.addcmul_(model.blocks[0].attn.qkv.weight, noise, value=0.02)
-    with pytest.raises(ValueError, match=r"calibrated for another weight than blocks\.0\.attn\.qkv has now"):
-        found.check_model(model)
+    found.check_model(model)
+
+
+def with_other_mlp(block):
+    block.mlp = torch.nn.Sequential(*block.mlp.children())
+
+
+CHANGES = {
+    "columns in another order": lambda b: b.attn.qkv.weight.copy_(b.attn.qkv.weight.flip(1)),
+    "sums of rows as they were": lambda b: b.mlp.fc1.weight[:, :2].add_(torch.tensor([0.125, -0.125])),
+    "one bit": lambda b: b.mlp.fc2.weight[0, 0].mul_(1 + 2**-23),
+    "a bias": lambda b: b.mlp.fc1.bias.add_(1),
+    "no bias": lambda b: b.mlp.fc1.register_parameter("bias", None),
+    "a block of other parts": with_other_mlp,
+    "a wrapped linear": lambda b: setattr(b.mlp, "fc1", torch.nn.Sequential(b.mlp.fc1)),
+}
+
+
+@torch.no_grad()
+def test_every_change_of_a_calibrated_linear_is_seen():
+    model, found = small("fp8")
+    for change in CHANGES.values():
+        other = copy.deepcopy(model)
+        change(other.blocks[0])
+        with pytest.raises(ValueError, match=r"calibrated for another weight or bias than blocks\.0\.[a-z0-9.]* has now"):
+            found.check_model(other)
 
 
 @torch.no_grad()

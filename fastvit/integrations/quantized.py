@@ -7,6 +7,8 @@ model's dtype: no pass before it could round its input on the way (docs/fp8.md).
 module's own, which stay as they are.
 """
 
+import ctypes
+import hashlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -81,21 +83,31 @@ class CalibratedWeight:
     """What a linear's weight (N, K) was rounded to for inputs of a calibration.
 
     ``bits`` (N, K): the values as bytes, since e4m3 has no pickles. ``scale`` (N, 1). ``shift`` (N,): is added to the bias, so
-    that outputs err by nothing in the mean. ``sums`` (N,): of the weight's rows, by which it is known again.
+    that outputs err by nothing in the mean. ``weights``, ``biases``: fingerprints by which those of the linear are known again,
+    as they were and as half precisions round them.
     """
 
     dtype: torch.dtype
     bits: Tensor
     scale: Tensor
     shift: Tensor
-    sums: Tensor
+    weights: frozenset[str]
+    biases: frozenset[str]
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype, covariance: Tensor, mean: Tensor, rounded_mean: Tensor) -> "CalibratedWeight":
+    def of(
+        cls,
+        weight: Tensor,
+        dtype: torch.dtype,
+        covariance: Tensor,
+        mean: Tensor,
+        rounded_mean: Tensor,
+        bias: Tensor | None = None,
+    ) -> "CalibratedWeight":
         """For inputs (..., K) of that mean (K,), and as rounded of that mean (K,) and covariance (K, K)."""
         values, scale = quantize_fitted(weight, dtype, covariance)
         shift = weight.float() @ mean - dequantize(values, scale) @ rounded_mean
-        return cls(dtype, values.view(torch.uint8), scale, shift, weight.float().sum(-1))
+        return cls(dtype, values.view(torch.uint8), scale, shift, _fingerprints(weight), _fingerprints(bias))
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Values (N, K) and scales (N, 1)."""
@@ -105,14 +117,27 @@ class CalibratedWeight:
         shift = self.shift.to(device)
         return shift if bias is None else bias.float() + shift
 
-    def check(self, name: str, weight: Tensor) -> None:
-        """Raises ``ValueError`` for another weight than the one that was calibrated, in bfloat16 or finer."""
-        near = 2.0**-8 * weight.float().norm().item()  # bfloat16's rounding changes sums by a fourth of it
-        if self.bits.shape != weight.shape or not (weight.float().sum(-1) - self.sums.to(weight.device)).norm().item() <= near:
+    def check(self, name: str, weight: Any, bias: Any = None) -> None:
+        """Raises ``ValueError`` for another weight or bias, in any bit, than was calibrated or a cast to half precision makes."""
+        same = isinstance(weight, Tensor) and self.bits.shape == weight.shape and _fingerprint(weight) in self.weights
+        if not same or _fingerprint(bias) not in self.biases:
             raise ValueError(
-                f"8 bits were calibrated for another weight than {name} has now: call fastvit.quantization.accuracy again, and"
-                " accelerate with what it returns"
+                f"8 bits were calibrated for another weight or bias than {name} has now: call fastvit.quantization.accuracy"
+                " again, and accelerate with what it returns"
             )
+
+
+def _fingerprint(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "none"
+    held = tensor.detach().to("cpu", torch.float32).contiguous()
+    content = (ctypes.c_char * held.nbytes).from_address(held.data_ptr()) if held.nbytes else b""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _fingerprints(tensor: Tensor | None) -> frozenset[str]:
+    halves = [] if tensor is None else [tensor.to(dtype) for dtype in (torch.float16, torch.bfloat16)]
+    return frozenset(map(_fingerprint, [tensor, *halves]))
 
 
 def bound_of_hidden(
@@ -150,7 +175,7 @@ class Weights:
             if known is None:
                 return quantized.quantize_weight(weight, self.dtype, bias, scale)
             if not torch.compiler.is_compiling():
-                known.check(path, weight)
+                known.check(path, weight, bias)
             bias, rounded = known.bias(bias, weight.device), known.on(weight.device)
             return quantized.quantize_weight(weight, self.dtype, bias, scale, rounded)
 
