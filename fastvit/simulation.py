@@ -174,15 +174,15 @@ def _layouts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Layout | str]]:
 
 @contextmanager
 def own_forwards(model: nn.Module) -> Iterator[None]:
-    """Within it served blocks of ``model`` run their own forwards."""
-    served = {m: m.__dict__[swap.ATTRIBUTE] for m in model.modules() if swap.is_served(m) and swap.ATTRIBUTE in m.__dict__}
+    """Within it served blocks of ``model`` run their own forwards; those that are restored within it stay so."""
+    served = [module for module in model.modules() if swap.is_served(module) and swap.ATTRIBUTE in module.__dict__]
     try:
         for module in served:
-            swap.release(module)
+            swap.pause(module)
         yield
     finally:
-        for module, serving in served.items():
-            swap.serve(module, serving)
+        for module in served:
+            swap.resume(module)
 
 
 def outputs(model: nn.Module, batches: list) -> Iterator[Any]:

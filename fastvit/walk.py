@@ -51,6 +51,7 @@ def release(model: nn.Module) -> None:
             graphs.release(module)
         if swap.is_served(module):
             swap.release(module)
+        module.__dict__.pop(swap.PAUSED, None)
         module.__dict__.pop(STATE, None)
 
 
@@ -61,18 +62,18 @@ def check_unwrapped(model: nn.Module) -> None:
             raise ValueError(f"{name} was given the class {wrapper} after accelerate (as fully_shard does); undo that first")
 
 
+KEYS = (swap.ATTRIBUTE, swap.TRACED, swap.PAUSED, graphs.ATTRIBUTE, STATE)  # all that serving writes
 Snapshot = list[tuple[nn.Module, type, dict[str, Any]]]
 
 
 def snapshot(model: nn.Module) -> Snapshot:
-    keys = (swap.ATTRIBUTE, swap.TRACED, graphs.ATTRIBUTE, STATE)
-    return [(m, type(m), {key: m.__dict__[key] for key in keys if key in m.__dict__}) for m in model.modules()]
+    return [(m, type(m), {key: m.__dict__[key] for key in KEYS if key in m.__dict__}) for m in model.modules()]
 
 
 def revert(snapshot: Snapshot) -> None:
     for module, cls, entries in snapshot:
         dispatched.exchange_class(module, cls)
-        for key in (swap.ATTRIBUTE, swap.TRACED, graphs.ATTRIBUTE, STATE):
+        for key in KEYS:
             module.__dict__.pop(key, None)
         module.__dict__.update(entries)
 

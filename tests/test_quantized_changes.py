@@ -139,6 +139,20 @@ def test_what_was_measured_on_another_model_is_refused():
         pass
 
 
+def test_a_model_restored_while_it_is_simulated_stays_so():
+    model = timm_vit(depth=1)
+    own, keys = type(model.blocks[0]), set(model.blocks[0].__dict__)
+    fastvit.accelerate(model)
+    with quantization.simulated(model):
+        fastvit.restore(model)
+    assert type(model.blocks[0]) is own
+    assert set(model.blocks[0].__dict__) == keys
+    fastvit.accelerate(model)
+    with quantization.simulated(model):
+        assert type(model.blocks[0]) is own
+    assert list(fastvit.report(model).replaced) == ["blocks.0"]
+
+
 @torch.no_grad()
 def test_keywords_may_be_any_mapping():
     """What transformers' image processors return is a mapping, and no dict."""

@@ -23,6 +23,7 @@ from .recheck import hooked, why_not_now, why_not_parts
 
 ATTRIBUTE = "_fastvit_serving"
 TRACED = "_fastvit_traced"
+PAUSED = "_fastvit_paused"
 
 
 @dataclass
@@ -166,6 +167,20 @@ def release(module: nn.Module) -> None:
     exchange_class(module, original_class(type(module)))
     module.__dict__.pop(ATTRIBUTE, None)
     module.__dict__.pop(TRACED, None)
+
+
+def pause(module: nn.Module) -> None:
+    """Gives a served module its own class until ``resume``."""
+    serving = module.__dict__[ATTRIBUTE]
+    release(module)
+    module.__dict__[PAUSED] = serving
+
+
+def resume(module: nn.Module) -> None:
+    """Serves a paused module again, unless it was restored, or served anew, meanwhile."""
+    serving = module.__dict__.pop(PAUSED, None)
+    if serving is not None and not is_served(module):
+        serve(module, serving)
 
 
 def link(module: nn.Module, following: nn.Module) -> None:
