@@ -111,19 +111,55 @@ def test_a_parameter_is_cast_once_as_long_as_autocast_would_keep_it(device, monk
             kept.append(ours(x))
             ours.attn.proj.weight.requires_grad_(False)
             kept.append(ours(x))
-        assert made_[4:] == [8, 1, 1]
+        assert made_[4:] == [8, 1, 1, 1], "what wants no gradient is cast each time"
         with autocast(x, torch.float16):
             kept.append(ours(x))
-        assert made_[7:] == [8]
+        assert made_[8:] == [8]
         ours.mlp.fc1.weight.data.sub_(1)  # which no version tells
         with autocast(x):
             changed = ours(x)
-        assert made_[8:] == [8]
+        assert made_[9:] == [8]
         assert not torch.equal(changed, kept[3])
     ours.bfloat16()
     with casts(monkeypatch) as made_, autocast(x):
         assert ours(x).grad_fn.name() != ONE, "norms of half precision"
     assert made_ == []
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_regions_are_told_apart_whatever_the_default_dtype(default, device, monkeypatch):
+    monkeypatch.setattr(_casts, "_probes", {})
+    monkeypatch.setattr(_casts, "_casts", {})
+    ours, _, x = made(timm_vit, device)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with casts(monkeypatch) as made_:
+            for _ in range(2):
+                with autocast(x):
+                    ours(x), ours(x)
+        assert made_ == [8, 8]
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_a_negated_view_of_a_gradient(device):
+    ours, _, x = made(timm_vit, device)
+    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
+    found = []
+    for gradient in (-upstream, torch._neg_view(upstream)):
+        ours.zero_grad()
+        ours(x).backward(gradient)
+        found.append({name: parameter.grad.clone() for name, parameter in ours.named_parameters()})
+    assert_equal_gradients(found[1], found[0], 0)
+
+
+def test_compiled_autograd_is_given_the_operators(device):
+    ours, _, x = made(timm_vit, device)
+    expected = gradients(ours, x, ONE)
+    with torch._dynamo.compiled_autograd._enable(lambda graph: graph):
+        assert ours(x).grad_fn.name() != ONE
+    assert_equal_gradients(gradients(ours, x, ONE), expected)
 
 
 def test_casts_live_as_long_as_graphs_that_need_them(device):

@@ -5,6 +5,7 @@ all there is to undo. Pickling and ``copy.deepcopy`` go by the original class an
 """
 
 import functools
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -225,6 +226,7 @@ def _note(serving: Serving | None, reason: str | None) -> None:
 # changed. So that is what a block carries for it: the key of what it would read otherwise, which no one changes.
 
 _keys: dict[tuple, str] = {}
+_numbers = itertools.count(1)  # of keys, no two alike in any threads
 _traced: dict[str, Serving | None] = {"": None}
 
 
@@ -237,7 +239,7 @@ def _tell_compilers(module: nn.Module) -> None:
     layout, backend = serving.layout, serving.backend
     may_be_left = backend == "auto" and isinstance(layout, Layout) and layout.window is None
     elements = sum(parameter.numel() for parameter in module.parameters()) if may_be_left else 0
-    key = _keys.setdefault((layout, backend, elements), str(len(_keys) + 1))
+    key = _keys.setdefault((layout, backend, elements), str(next(_numbers)))
     _traced.setdefault(key, Serving(layout, backend, elements=elements))
     module.__dict__[TRACED] = key
 

@@ -2,7 +2,8 @@
 
 Autocast's own cache is not to be looked into from Python; the rules here are its. A cast serves again within the outermost
 ``torch.autocast`` it was made in, unless caching is switched off, and nothing but graphs that need it for backward keeps it
-(vectors, which are small, stay). A parameter that was written to or given other memory is cast anew.
+(vectors, which are small, stay); leaves that want gradients alone are kept.
+A parameter that was written to or given other memory is cast anew.
 """
 
 import weakref
@@ -30,7 +31,8 @@ def _region(like: Tensor, dtype: torch.dtype) -> Any:
     leaf of ours, which it casts once."""
     key = like.device, dtype
     if key not in _probes:
-        _probes[key] = torch.empty(0, 1, device=like.device), torch.zeros(1, 1, device=like.device).requires_grad_()
+        of: dict[str, Any] = {"device": like.device, "dtype": torch.float32}  # which is what autocast casts
+        _probes[key] = torch.empty(0, 1, **of), torch.zeros(1, 1, **of).requires_grad_()
     with torch.enable_grad():
         return torch.mm(*_probes[key]).grad_fn.next_functions[1][0]  # type: ignore[union-attr]
 
@@ -45,7 +47,7 @@ def lowered(tensors: list[Any], places: list[int], dtype: torch.dtype) -> list[A
         tensor = tensors[place]
         if tensor is None or tensor.dtype == dtype:
             continue
-        known = _casts.get((id(tensor), dtype)) if caching else None
+        known = _casts.get((id(tensor), dtype)) if caching and _is_kept(tensor) else None
         cast = known.cast() if known is not None and known.parameter() is tensor and known.region is region else None
         if cast is not None and (known.memory, known.version) == (tensor.data_ptr(), tensor._version):  # type: ignore[union-attr]
             out[place] = cast
@@ -56,11 +58,17 @@ def lowered(tensors: list[Any], places: list[int], dtype: torch.dtype) -> list[A
         torch._foreach_copy_([out[place] for place in missing], [tensors[place] for place in missing])
     for place in missing if caching else ():
         tensor = tensors[place]
+        if not _is_kept(tensor):
+            continue
         key = id(tensor), dtype
         parameter = weakref.ref(tensor, lambda gone, key=key: _forget(key, gone))  # type: ignore[misc]
         kept = weakref.ref(out[place]) if tensor.dim() > 1 else lambda cast=out[place]: cast  # type: ignore[misc]
         _casts[key] = _Cast(parameter, kept, tensor.data_ptr(), tensor._version, region)
     return out
+
+
+def _is_kept(tensor: Tensor) -> bool:
+    return tensor.requires_grad and tensor.is_leaf and not tensor._is_view()
 
 
 def _forget(key: tuple[int, torch.dtype], gone: weakref.ref) -> None:

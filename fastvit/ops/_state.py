@@ -1,6 +1,7 @@
 """What stands between a call and its kernels: modes, transforms, traces, compilers, and gradients that are wanted."""
 
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ def plain(*args: Any) -> bool:
         elif isinstance(arg, Tensor):
             return False
     return True
+
+
+def compiled_autograd() -> bool:
+    """Whether compiled autograd is on by now; whether it will be in backward cannot be known."""
+    module = sys.modules.get("torch._dynamo.compiled_autograd")
+    return module is not None and getattr(module, "compiled_autograd_enabled", False)
 
 
 def forward_ad_active() -> bool:

@@ -6,7 +6,8 @@ Saved is what the operators' own Functions save, and gradients come from their b
 that autograd would make: the gradients of query, key and value are written side by side, as their projection's backward reads
 them, and the gradient that goes past a branch is added in the norm's kernel. Whether a call is served depends on nothing that
 may change before a checkpoint computes it again, a profiler or a function mode for one; a dispatch mode, which has to see
-operators, must be in force both times or neither. In inference a small block is one recipe, whose sums and norms may be made by
+operators, and compiled autograd, which cannot trace the Function, must be in force both times or neither.
+In inference a small block is one recipe, whose sums and norms may be made by
 what finishes the products before them (``linear_norm``).
 Under autocast, in training, z, sums and norms' parameters are float32 and products are computed in autocast's dtype, as by the
 operators; norms write that dtype at once, backward has the weights as forward cast them (``_casts``), and gradients of float32
@@ -26,7 +27,7 @@ from torch.autograd import forward_ad
 from .. import _checks
 from . import _casts, _recipes, dispatch
 from ._common import Operator, apply, fill, run_backward, scratch, wants_grad
-from ._state import nothing_between, plain, untransformed
+from ._state import compiled_autograd, nothing_between, plain, untransformed
 from .attention import attention_forward
 from .block_backward import FIXED, block_backward, heads_of, rows_of, size_of
 from .image_attention import image_attention_forward
@@ -190,6 +191,7 @@ class Block(Operator):
         if grad is None:
             return (None,) * (len(wants) + 2)
         heads, _, _, scale, *others = ctx.options
+        grad = grad.resolve_neg()  # read as it lies in memory
         saved = ctx.saved_tensors
         grads = run_backward(_call_backward, grad, *saved[:15], wants, heads, scale, *others, ctx.dtype, *saved[15:])
         return *(g if want else None for g, want in zip(grads, wants, strict=True)), None, None
@@ -200,7 +202,7 @@ def block(tensors: list[Any], options: Options, drop_paths: Sequence[Any] = (Non
     or what ``_serves`` says. ``drop_paths``: of each branch None, or what multiplies each of its samples (B, 1, 1) by a number
     and is called with ones, once and only where the output comes of it."""
     x = tensors[0]
-    if forward_ad._current_level >= 0:
+    if forward_ad._current_level >= 0 or compiled_autograd():
         return None
     device = "cuda" if x.is_cuda else x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
