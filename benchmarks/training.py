@@ -35,7 +35,7 @@ def gradients(model: nn.Module) -> Tensor:
 
 def trainer(model: nn.Module, x: Tensor, target: Tensor, autocast: bool, forward: Callable | None = None) -> Callable[[], Tensor]:
     """A step; it returns the gradient of the first one, since collecting it is no part of training."""
-    forward = forward or model
+    forward = model if forward is None else forward  # a compiled model may have no truth value
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=x.is_cuda)
     seen = torch.zeros(1)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import accuracy, cpu_cases, cpu_models, measure, results, suite
+from benchmarks import accuracy, cpu_cases, cpu_models, measure, results, suite, training
 from benchmarks.settings import Settings
 
 DRY = Settings("cpu", {"gemm_tflop_s": 0.1, "copy_gb_s": 10.0}, dry=True)
@@ -63,3 +63,12 @@ def test_large_models_on_a_cpu_in_small(case, tmp_path):
 def test_the_spread_of_two_runs_is_their_distance():
     timing = measure.summarize([3.0, 1.0])
     assert (timing.ms, timing.spread, timing.p95_ms) == (2.0, 1.0, 3.0)
+
+
+def test_a_compiled_model_without_a_length_trains():
+    """``torch.compile``'s module asks the model for its length where it is asked whether it is true."""
+    model = torch.nn.Linear(3, 2)
+    step = training.trainer(
+        model, torch.ones(1, 3), torch.zeros(1, 2), autocast=False, forward=torch.compile(model, backend="eager")
+    )
+    assert step().numel() == sum(p.numel() for p in model.parameters())
