@@ -41,6 +41,7 @@ def run(case: Case, row: results.Row, settings: Settings) -> None:
 
     A peer that cannot run is in the row with its reason.
     """
+    torch._dynamo.reset()  # or sizes that an earlier case's peers compiled become dynamic here, which is slower or fails
     row |= {"gflop": case.gflop, "floor_ms": case.gflop and settings.floor_ms(case.gflop), "took_s": {}}
     row["unavailable"] |= dict.fromkeys(PEERS, cpu_cases.NOT_HERE)
     with tempfile.TemporaryDirectory() as folder:

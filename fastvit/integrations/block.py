@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .. import backend, functional, reference
 from ..ops import block as one_block
 from ..ops import torch_backend, torch_image_attention
-from . import decoder, grid, handoff, layouts, multihead, two_way
+from . import decoder, grid, handoff, layouts, multihead, pieces, two_way
 from .call import Call
 from .parts import Known, Layout, Parts, attribute, parameter
 
@@ -112,6 +112,9 @@ def compute(
     x = call.hidden
     chosen, parts = choose_backend(pinned, x), Parts(block, None if known is None else known.children)
     run, ops = _post_norm if layout.post_norm else _pre_norm, TRITON if chosen == "triton" else TORCH
+    samples = _samples_at_once(parts, layout, call) if chosen == "torch" else None
+    if samples is not None:
+        return pieces.joined(lambda piece: run(parts, layout, ops, chosen, piece.hidden, piece, None), call, samples)
     if chosen == "torch" or pinned == "auto":
         return run(parts, layout, ops, chosen, x, call, next_norm)
     with _held_to(pinned):
@@ -175,6 +178,28 @@ def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, ca
     return _add(x, branch, scale, owned)
 
 
+def _samples_at_once(parts: Parts, layout: Layout, call: Call) -> int | None:
+    """How many samples at a time the torch backend computes the block's output for; None for all."""
+    if not layout.plain or call.present is not None or torch.is_grad_enabled():
+        return None
+    mlp: Any = layout.mlp
+    features = max(3 * call.hidden.shape[-1], parameter(parts.child(mlp.fc1), "weight").shape[0])
+    samples = pieces.samples_of(call.hidden, features)
+    return None if samples is None or _draws(parts, layout) else samples
+
+
+def _draws(parts: Parts, layout: Layout) -> bool:
+    """Whether dropout or stochastic depth draws random numbers, or might."""
+    return any(_active(*map(parts.child, _dropouts(layout)))) or any(
+        _training(parts.part(residual.drop_path)) is not None for residual in layout.residuals
+    )
+
+
+def _dropouts(layout: Any) -> tuple[str | None, ...]:
+    first, second = layout.residuals
+    return *layout.attention.drop, first.drop, layout.mlp.hidden_drop, *layout.mlp.drop, second.drop
+
+
 def _at_once(
     parts: Parts, layout: Layout, chosen: str, x: Tensor, call: Call, normed: Tensor | None, next_norm: Any
 ) -> Tensor | None:
@@ -188,8 +213,7 @@ def _at_once(
         return None
     if call.attn_mask is not None or call.is_causal or call.cos is not None or any(parts.part(path) for path in modules):
         return None
-    drops = (*attention.drop, first.drop, mlp.hidden_drop, *mlp.drop, second.drop)
-    if any(_active(*map(child, drops))):
+    if any(_active(*map(child, _dropouts(layout)))):
         return None
     drop_paths = [_training(parts.part(residual.drop_path)) for residual in layout.residuals]
     if any(path is not None and not (torch.is_grad_enabled() and _by_sample(path)) for path in drop_paths):
