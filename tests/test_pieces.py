@@ -128,3 +128,14 @@ def test_an_output_under_autocast_keeps_its_dtype(batches):
     assert out.dtype == right.dtype
     torch.testing.assert_close(out, right, rtol=2e-2, atol=2e-2)
     assert not model(x).requires_grad
+
+
+@torch.no_grad()
+def test_a_graph_is_of_the_whole_batch_whatever_its_size(batches):
+    """Where the size decided what is traced, a dynamic batch could not be exported, and would be compiled twice."""
+    one, x = fastvit.accelerate(timm_vit(depth=1)).blocks[0], tokens(3, 10)
+    batch = torch.export.Dim("batch", max=2**20)
+    batches.clear()
+    exported = torch.export.export(one, (x,), dynamic_shapes=({0: batch},)).module()
+    assert len(batches) == 1
+    torch.testing.assert_close(exported(tokens(6, 10)), one(tokens(6, 10)), rtol=1e-5, atol=1e-5)

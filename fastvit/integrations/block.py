@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import backend, functional, reference
 from ..ops import block as one_block
 from ..ops import torch_backend, torch_image_attention
+from ..ops._inplace import may_write
 from . import decoder, grid, handoff, layouts, multihead, pieces, two_way
 from .call import Call
 from .parts import Known, Layout, Parts, attribute, parameter
@@ -180,7 +181,7 @@ def _pre_norm(parts: Parts, layout: Layout, ops: Any, chosen: str, x: Tensor, ca
 
 def _samples_at_once(parts: Parts, layout: Layout, call: Call) -> int | None:
     """How many samples at a time the torch backend computes the block's output for; None for all."""
-    if not layout.plain or call.present is not None or torch.is_grad_enabled():
+    if torch.is_grad_enabled() or not may_write() or not layout.plain or call.present is not None:
         return None
     mlp: Any = layout.mlp
     features = max(3 * call.hidden.shape[-1], parameter(parts.child(mlp.fc1), "weight").shape[0])
@@ -514,7 +515,7 @@ def _scale_of(parts: Parts, path: str | None) -> Any:
 
 def _may_overwrite(branch: Tensor, *others: Tensor | None) -> bool:
     """Whether a sum may be written over a ``branch`` that nobody else holds: inference, one dtype, nothing traced or mapped."""
-    if not torch_backend._may_write() or torch.is_grad_enabled() or type(branch) is not Tensor:
+    if not may_write() or torch.is_grad_enabled() or type(branch) is not Tensor:
         return False
     if branch.is_inference() and not torch.is_inference_mode_enabled():
         return False

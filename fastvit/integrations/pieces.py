@@ -17,10 +17,10 @@ BYTES = torch_backend.HIDDEN_BYTES  # of the widest activation of one piece; a b
 
 def samples_of(x: Tensor, features: int) -> int | None:
     """Samples to a piece of hidden states x (B, ..., C), the widest activation having ``features`` a token; None for all."""
-    sample = x[:1].numel() // max(x.shape[-1], 1) * features * x.element_size()
-    if x.shape[0] * sample <= 2 * BYTES or not x.is_cpu or type(x) is not Tensor or not torch_backend._may_write():
+    if not x.is_cpu or type(x) is not Tensor or x.shape[0] < 2:
         return None
-    return max(1, BYTES // sample) if x.shape[0] > 1 else None
+    whole = x.numel() // max(x.shape[-1], 1) * features * x.element_size()
+    return max(1, BYTES * x.shape[0] // whole) if whole > 2 * BYTES else None
 
 
 def joined(block: Callable[[Call], Tensor], call: Call, samples: int) -> Tensor:
