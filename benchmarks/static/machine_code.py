@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
 # Registers and threads of one multiprocessor, and the shared memory that its programs divide.
 MULTIPROCESSORS = {
@@ -173,15 +174,15 @@ def of_cubin(cubin: bytes) -> MachineCode:
 def serialized(ptx: str) -> bool:
     """Whether ptxas says (C7512 … C7515) that it waits after every product of a kernel for sm_90, so that none overlap.
 
-    Asked again of the PTX: a kernel that Triton's cache holds has no report.
+    Asked again of the PTX, by the ptxas that it is written for: a kernel that Triton's cache holds has no report.
     """
     if "wgmma.mma_async" not in ptx:  # as on every GPU but sm_90
         return False
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    tool = get_ptxas(90).path  # wheels carry two; for sm_90 Triton takes the older up to 3.8 and the newer in 3.9
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx)
-        command = [str(tool), "-v", "--gpu-name=sm_90a", str(source), "-o", f"{source}.cubin"]
+        command = [tool, "-v", "--gpu-name=sm_90a", str(source), "-o", f"{source}.cubin"]
         return says_serialized(subprocess.run(command, capture_output=True, text=True, check=True).stderr)
 
 
