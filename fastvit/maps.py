@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations import probe, swap
-from .integrations.block import queries_and_keys
+from .integrations.branches import queries_and_keys
 from .integrations.call import read_call
 from .integrations.matching import find_layout
 from .integrations.parts import Layout, is_no_encoder_block

@@ -493,10 +493,10 @@ def test_verify_takes_dictionaries_and_keywords():
 
 
 def test_verify_sees_a_difference(monkeypatch):
-    from fastvit.integrations import block
+    from fastvit.integrations import branches
 
     model = fastvit.accelerate(timm_vit())
-    monkeypatch.setattr(block, "_scale", lambda owner, head_dim: 1.0)
+    monkeypatch.setattr(branches, "score_scale", lambda owner, head_dim: 1.0)
     result = fastvit.verify(model, image())
     assert not result.passed
     assert str(result).startswith("FAILED")

@@ -9,7 +9,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
-from fastvit.integrations import block as integrated
 from fastvit.ops import block as one_block
 from fastvit.ops import linear
 from tests import models_for_acceleration as models
@@ -181,7 +180,7 @@ def test_what_a_recipe_of_inference_repeats(mode, options, device, monkeypatch):
         given.append((normalized is not None, following is not None))
         return one_block.block_inference(*tensors, *options, normalized, *(following or (None, None, None)))
 
-    monkeypatch.setattr(integrated.one_block, "infer", infer)
+    monkeypatch.setattr(one_block, "infer", infer)
     monkeypatch.setattr(linear, "left_to_vendor", lambda a, b: True)
     with mode():
         expected = model(picture)

@@ -9,7 +9,6 @@ from fastvit.kernels._tuning import admits, committed, config, override, targets
 
 import fastvit
 from fastvit import reference
-from fastvit.integrations import block as integrated
 from fastvit.ops import block, dispatch
 from fastvit.ops.linear_norm import linear_add_norm_forward
 from tests import models_for_acceleration as models
@@ -192,7 +191,7 @@ def test_the_blocks_of_a_model(split, options, device, monkeypatch):
         ended.append((linear_split_norm.parts_of(x, weight) > 1, more[-1] is not None))
         return own(x, weight, *more)
 
-    monkeypatch.setattr(integrated.one_block, "infer", infer)
+    monkeypatch.setattr(block, "infer", infer)
     monkeypatch.setattr(block, "linear_add_norm_forward", end)
     with torch.no_grad(), override("linear_split_norm", SMALL | {"BLOCK_K": 16}):
         expected = model(picture)

@@ -7,20 +7,32 @@ other in a block, so that the results are the same but for the order in which ma
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor
 
 from ..ops import torch_backend
+from ..ops._inplace import may_write
 from .call import Call
+from .dropping import draws
+from .parts import Layout, Parts, parameter
 
 BYTES = torch_backend.HIDDEN_BYTES  # of the widest activation of one piece; a batch of no more than twice that stays whole
 
 
-def samples_of(x: Tensor, features: int) -> int | None:
-    """Samples to a piece of hidden states x (B, ..., C), the widest activation having ``features`` a token; None for all."""
-    if not x.is_cpu or type(x) is not Tensor or x.shape[0] < 2:
+def samples_of(parts: Parts, layout: Layout, call: Call) -> int | None:
+    """Samples to a piece of a call that PyTorch's operators serve; None where the batch stays whole.
+
+    That is so where it is small; where a graph of it is made, by autograd or by a compiler, to which its size should mean
+    nothing; and where random numbers are drawn, in the batch's order.
+    """
+    if torch.is_grad_enabled() or not may_write() or not layout.plain or call.present is not None:
         return None
-    whole = x.numel() // max(x.shape[-1], 1) * features * x.element_size()
-    return max(1, BYTES * x.shape[0] // whole) if whole > 2 * BYTES else None
+    x, mlp = call.hidden, layout.mlp
+    if mlp is None or not x.is_cpu or type(x) is not Tensor or x.shape[0] < 2:
+        return None
+    features = max(3 * x.shape[-1], parameter(parts.child(mlp.fc1), "weight").shape[0])
+    widest = x.numel() // max(x.shape[-1], 1) * features * x.element_size()
+    return max(1, BYTES * x.shape[0] // widest) if widest > 2 * BYTES and not draws(parts, layout) else None
 
 
 def joined(block: Callable[[Call], Tensor], call: Call, samples: int) -> Tensor:

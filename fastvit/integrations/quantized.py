@@ -22,10 +22,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import functional
 from ..ops import quantized
 from ..reference_quantized import dequantize, hidden_scale, quantize_fitted
-from . import block as plain
-from . import handoff, layouts
+from . import branches, handoff, layouts
 from .call import Call
+from .operators import choose_backend, held_to
 from .parts import Known, Layout, Parts, child, part
+from .reading import layer_scale_of
+from .sums import add
 
 PARTS = ("qkv", "mlp")
 ALIGNMENT = 16  # bytes of the loads, so elements of a row
@@ -218,7 +220,7 @@ def why_not_now(
     if torch.is_autocast_enabled(x.device.type):
         return f"{name} does not run under autocast: give the model a half-precision dtype"
     reason = quantized.why_not(weights.precision, x.device)
-    if reason is None and plain.choose_backend(pinned, x) != "triton":
+    if reason is None and choose_backend(pinned, x) != "triton":
         reason = "its backend is PyTorch's operators"
     return None if reason is None else f"{name} cannot serve it on {x.device}: {reason}"
 
@@ -239,23 +241,23 @@ def compute(
     block: nn.Module, layout: Layout, weights: Weights, call: Call, pinned: str = "auto", known: Known | None = None
 ) -> Tensor:
     """The block's output for a call that ``why_not_now`` admits; ``known``: descendants looked up before."""
-    with plain._held_to(pinned):
+    with held_to(pinned):
         return _pre_norm(Parts(block, None if known is None else known.children), layout, weights, call)
 
 
 def _pre_norm(parts: Parts, layout: Layout, weights: Weights, call: Call) -> Tensor:
     x = call.hidden
     before, after = parts.child(layout.norms.before), parts.child(layout.norms.after)
-    scale, mlp_scale = (plain._scale_of(parts, residual.scale) for residual in layout.residuals)
+    scale, mlp_scale = (layer_scale_of(parts, residual.scale) for residual in layout.residuals)
     offered = handoff.collect(x, before)
     if "qkv" in weights.parts:
         normed: Any = quantized.layer_norm(x, before.weight, before.bias, before.eps, weights.dtype)
     else:
         normed = functional.layer_norm(x, before.weight, before.bias, before.eps) if offered is None else offered
-    branch = plain._attention(parts, layout, _Operators(parts, layout, weights), normed, call)
+    branch = branches.attention(parts, layout, _Operators(parts, layout, weights), normed, call)
     if "mlp" not in weights.parts:
         normed, x = functional.add_layer_norm(x, branch, after.weight, after.bias, after.eps, layer_scale=scale)
-        return plain._add(x, plain._mlp(parts, layout, functional, normed), mlp_scale, owned=False)
+        return add(x, branches.mlp(parts, layout, functional, normed), mlp_scale, owned=False)
     normed, x = quantized.add_layer_norm(x, branch, after.weight, after.bias, after.eps, weights.dtype, scale)
     fc2 = linears(layout, "mlp")[-1]
     return quantized.linear(

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..ops import dispatch
 from ..ops._state import exporting
 from . import decoder, multihead, quantized, two_way
-from .block import choose_backend, compute, compute_decoder, compute_multihead, compute_two_way
+from .block import compute, compute_decoder, compute_multihead, compute_two_way
 from .call import nested_again, read_call
 from .dispatched import exchange_class
 from .multihead import MultiheadLayout
+from .operators import choose_backend
 from .parts import AnyLayout, Known, Layout
 from .recheck import hooked, why_not_now, why_not_parts
 
