@@ -1,10 +1,11 @@
-"""oneDNN on x86 CPUs, in inference: whether it may and should serve a call, and its linear.
+"""oneDNN on x86 CPUs: whether it may and should serve a call, and its linear.
 
 Bias and activation ride in its epilogue, and on AMD it outruns the MKL behind ``F.linear`` twofold. Its attention is
-``onednn_attention``; ``onednn_operators`` makes operators of both, for compiled graphs.
+``onednn_attention``; ``onednn_operators`` makes operators of both, for compiled graphs; ``onednn_training`` has backward.
 
-It may serve plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, of which no gradient is wanted, run or
-compiled but not traced: its operators have neither autograd nor batching rules, and an exported graph should not name them.
+It may serve plain CPU tensors, float32 or (where the CPU multiplies it) bfloat16, run or compiled but not traced: its
+operators have neither autograd nor batching rules, and an exported graph should not name them. Where a gradient is wanted,
+it may serve linears in float32.
 """
 
 import functools
@@ -18,10 +19,13 @@ from torch import Tensor
 
 from . import onednn_attention
 from ._inplace import activate
-from ._state import exporting, forward_ad_active
+from ._state import compiled_autograd, dispatch_modes, exporting, forward_ad_active
 
 # Multiplications below which oneDNN's 15 µs of setting up are not earned back (measured on AMD: even at 0.5–1 million).
 MIN_PRODUCTS = 1_000_000
+
+# The same in training, where an autograd Function of our own is to be earned back too; and rows of the input.
+MIN_TRAINED_PRODUCTS, MIN_TRAINED_ROWS = 4_000_000, 16
 
 # activation → the (attribute, algorithm) of mkldnn._linear_pointwise; not its relu, which makes zero of NaN
 _ACTIVATIONS = {"gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
@@ -39,14 +43,29 @@ def serves_linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation
     mkl_as_fast = vendor == "intel" and weight.dtype == torch.float32
     if vendor == "other" or (mkl_as_fast and activation not in _ACTIVATIONS):
         return False
-    return _undisturbed()
+    return undisturbed()
+
+
+def trains_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether it may and should serve, forward and backward, a linear on tensors of which a gradient is wanted."""
+    if _off() or cpu_vendor() != "amd":
+        return False
+    products = input.numel() * weight.shape[0]
+    if products < MIN_TRAINED_PRODUCTS or input.numel() < MIN_TRAINED_ROWS * input.shape[-1]:
+        return False
+    present = [t for t in (input, weight, bias) if t is not None]
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in present):
+        return False
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in present):
+        return False
+    return undisturbed() and (torch.compiler.is_compiling() or not (dispatch_modes() or compiled_autograd()))
 
 
 def serves_attention(tokens: int, *tensors: Tensor | None) -> bool:
     """Whether ``onednn_attention`` may and should serve these: float32, on AMD, over so many queries and keys."""
     if _off() or tokens < onednn_attention.LEAST_TOKENS or any(t is not None and t.dtype != torch.float32 for t in tensors):
         return False
-    return _plain(tensors) and cpu_vendor() == "amd" and _undisturbed()
+    return _plain(tensors) and cpu_vendor() == "amd" and undisturbed()
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -109,6 +128,6 @@ def _multiplies_bfloat16() -> bool:
 
 
 @_constant
-def _undisturbed() -> bool:
+def undisturbed() -> bool:
     """Run or compiled, and not traced or transformed by anything."""
     return not (torch.jit.is_tracing() or torch._C._functorch.peek_interpreter_stack() or forward_ad_active())

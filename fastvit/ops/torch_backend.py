@@ -3,7 +3,7 @@
 Same results as ``fastvit.reference``, lean in memory: no N×M bias or score matrix beyond a block of query rows, and
 in inference no intermediate that could be written over. Everything is differentiable by PyTorch's autograd.
 
-On x86 CPUs in inference, linears and attention over many tokens go to oneDNN where it is the faster library (``onednn``).
+On x86 CPUs linears, and in inference attention over many tokens, go to oneDNN where it is the faster library (``onednn``).
 """
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from . import onednn, onednn_attention
+from . import onednn, onednn_attention, onednn_training
 from ._inplace import activate
 from ._inplace import may_write as _may_write
 
@@ -174,6 +174,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str |
     if weight.is_contiguous() and onednn.serves_linear(input, weight, bias, activation):
         serve = torch.ops.fastvit.onednn_linear if torch.compiler.is_compiling() else onednn.linear
         return serve(input, weight, bias, activation)
+    if weight.is_contiguous() and onednn.trains_linear(input, weight, bias):
+        return activate(onednn_training.Linear.apply(input, weight, bias), activation)
     return activate(F.linear(input, weight, bias), activation)
 
 
