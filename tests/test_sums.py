@@ -5,28 +5,44 @@ import torch
 from fastvit.kernels import reduce
 from fastvit.kernels._launch import record
 
-from fastvit.ops import layer_norm, linear, rotary
-from fastvit.ops.sums import strip_sums, sum_partials
+from fastvit.ops import block, layer_norm, linear, rotary
+from fastvit.ops.block_backward import FIXED, block_backward
+from fastvit.ops.sums import ColumnSums, strip_sums, sum_partials
 
 from .layouts import embedded
 
-MATRICES = [(1, 5), (300, 17), (264, 40), (40, 3)]
+MATRICES = [(1, 5), (300, 17), (264, 70), (40, 3)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def _matrices(device):
-    return [embedded(torch.randn(shape, device=device)) for shape in MATRICES]
+def _matrices(device, count=4):
+    return [embedded(torch.randn(MATRICES[i % len(MATRICES)], device=device)) for i in range(count)]
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_matrices_of_other_sizes_in_one_launch(device, count):
-    matrices = _matrices(device)[:count]
-    likes = [torch.empty(0, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32)[:count]]
+@pytest.mark.parametrize("dtypes", [1, 3], ids=["one dtype", "three dtypes"])
+@pytest.mark.parametrize("count", [1, 2, 4, reduce.MATRICES, reduce.MATRICES + 1])
+def test_matrices_of_other_sizes(device, count, dtypes):
+    matrices = _matrices(device, count)
+    likes = [torch.empty(0, dtype=DTYPES[i % dtypes]) for i in range(count)]
     for matrix, like, ours in zip(matrices, likes, sum_partials(matrices, likes), strict=True):
         assert ours.dtype == like.dtype
         assert ours.shape == matrix.shape[1:]
         exact = matrix.double().sum(0)
         eps = max(torch.finfo(like.dtype).eps, 8 * torch.finfo(torch.float32).eps)
         assert (ours - exact).abs().max() <= eps * matrix.double().abs().sum(0).max()
+
+
+@pytest.mark.parametrize("rows", [3, 300])
+def test_products_beside_sums(device, rows):
+    """Each a sum over rows of x · factor, as the gradient of LayerScale is; two strips beyond 256 rows."""
+    a, b, c = (embedded(torch.randn(rows, 70, device=device)) for _ in range(3))
+    factors = [b.bfloat16(), c.t().contiguous().t()]  # another dtype; rows side by side
+    sums = ColumnSums()
+    found = [sums.of_rows(b, torch.float32), *(sums.of_rows(a, torch.float32, factor) for factor in factors)]
+    sums.finish()
+    exact = [b.double().sum(0), *((a.double() * factor.double()).sum(0) for factor in factors)]
+    for ours, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5 * rows**0.5)
 
 
 def test_what_is_beside_a_matrix_does_not_change_its_bits(device):
@@ -39,8 +55,9 @@ def test_what_is_beside_a_matrix_does_not_change_its_bits(device):
 
 
 def test_more_matrices_than_a_launch_takes_are_refused(device):
-    with pytest.raises(ValueError, match=r"5 matrices .* at most 4"):
-        sum_partials([torch.ones(2, 3, device=device)] * 5, [torch.ones(1)] * 5)
+    count = reduce.MATRICES + 1
+    with pytest.raises(ValueError, match=rf"{count} matrices .* at most {count - 1}"):
+        reduce.launch_column_sums(*[torch.ones(2, 3, device=device)] * count, *[torch.empty(3, device=device)] * count)
 
 
 def test_no_rows_sum_to_zero(device):
@@ -88,6 +105,34 @@ def _mlp():
     linear.mlp_backward(x, x, _meta(256, 64), _meta(64, 256), pre, "gelu", True, True, [True] * 5)
 
 
+def _train(images, dtype=torch.bfloat16, apart=False, scaled=True, frozen=(), dropping=False, residual=None):
+    """A block's forward and backward, of ``apart`` three projections; ``frozen``: places of what wants no gradient; ``residual``:
+    the dtype of hidden states and norms under autocast."""
+    wide = residual or dtype
+    x, parameter = _meta(images, 197, 64, dtype=wide), _meta(64, dtype=wide)
+    scale, mask = parameter if scaled else None, _meta(images, 1, 1, dtype=wide) if dropping else None
+    norm, options = (parameter, parameter), block.Options(2, 1e-6, 1e-6, 0.125, "gelu")
+
+    def layer(columns, depth=64):
+        return _meta(columns, depth, dtype=dtype), _meta(columns, dtype=dtype)
+
+    qkv = 3 * layer(64) if apart else layer(192)
+    tensors = [x, *norm, *layer(64), scale, *norm, *layer(256), *layer(64, 256), scale, None, None, *qkv]
+    out, *kept = block.block_forward(*tensors, *options, mask, mask)
+    wants = [tensor is not None and place not in frozen for place, tensor in enumerate(tensors)]
+    used = x, *norm, tensors[3], *tensors[5:9], tensors[10], scale, None, None, None, mask, mask
+    grads = block_backward(out, *used, wants, 2, 0.125, "gelu", None, wide, *kept, *tensors[FIXED::2])
+    assert [grad is not None for grad in grads[FIXED + 1 :: 2]] == wants[FIXED + 1 :: 2]
+
+
+def _block(*args, **options):
+    def run():
+        _train(*args, **options)
+
+    run.__name__ = ", ".join(f"{name}={value}" for name, value in {"block": args, **options}.items())
+    return run
+
+
 @pytest.mark.parametrize(
     ("run", "launches"),
     [
@@ -96,11 +141,25 @@ def _mlp():
         (_sum_and_norm, [(1, 3)]),
         (_norms_of_queries_and_keys, [(1, 4)]),
         (_mlp, [(2, 1), (1, 2)]),  # strips of rows for fc2's bias; fc1's gradient comes summed up by tiles out of the product
+        # Of the biases of fc2, proj and qkv, then of these, fc1's and the norms'.
+        (_block(2, scaled=False), [(2, 3), (1, 8)]),
+        (_block(2), [(2, 4), (1, 10)]),
+        (_block(2, apart=True), [(2, 6), (1, 12)]),
+        (_block(2, dropping=True), [(2, 4), (1, 10)]),
+        (_block(2, residual=torch.float32), [(2, 1), (2, 3), (1, 10)]),  # LayerScale's of float32, biases' of bfloat16
+        (_block(2, frozen=(4, 12, 16)), [(2, 1), (1, 7)]),
+        (_block(2, frozen=(0, 1, 2, 15, 16)), [(2, 3), (1, 7)]),  # nothing is asked for below the first branch's end
+        (_block(1), [(1, 4), (1, 6)]),  # without strips, of bfloat16 and float32
+        (_block(1, torch.float32), [(1, 10)]),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_backward_pass_adds_up_in_one_launch(run, launches):
+def test_a_backward_pass_adds_up_in_one_launch_a_step(run, launches):
     """(strips, matrices) of each launch."""
     with record("sm_90") as recorded:
         run()
-    assert [(launch.grid[0], launch.grid[2]) for launch in recorded if launch.op == "column_sum"] == launches
+    sums = [launch for launch in recorded if launch.op == "column_sum"]
+    matrices = [
+        sum(type(argument) is torch.Tensor for name, argument in launch.arguments.items() if name[0] == "x") for launch in sums
+    ]
+    assert [(launch.grid[0], count) for launch, count in zip(sums, matrices, strict=True)] == launches

@@ -20,6 +20,7 @@ from fastvit.ops import linear_norm as linear_norm_op
 from fastvit.ops import quantized as quantized_op
 from fastvit.ops import rotary as rotary_op
 from fastvit.ops import rotary_attention as rotary_attention_op
+from fastvit.ops.sums import ColumnSums
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -103,6 +104,17 @@ def _mlp_training(rows: int, dtype: torch.dtype = HALF) -> None:
     fc1_bias, fc2_bias = _meta(3072, dtype=dtype), _meta(768, dtype=dtype)
     out, pre = linear_op.mlp_forward(x, fc1, fc1_bias, fc2, fc2_bias, "gelu", True)
     linear_op.mlp_backward(out, x, fc1, fc2, pre, "gelu", True, True, [True] * 5)
+
+
+def _block_sums(images: int, dtype: torch.dtype = HALF) -> None:
+    """The column sums of a ViT-B's block in training with LayerScale: biases of fc2, proj and qkv, fc1's, scales, norms."""
+    sums, x = ColumnSums(), _meta(images * 197, 768, dtype=dtype)
+    sums.of_rows(x, dtype, x)
+    for columns in (768, 768, 2304):
+        sums.of_rows(_meta(len(x), columns, dtype=dtype), dtype)
+    for strips, columns in ((-(-len(x) // 128), 3072), *[(264, 768)] * 5):
+        sums.of_partials(_meta(strips, columns, dtype=SINGLE), dtype)
+    sums.finish()
 
 
 def _8bit(rows: int, channels: int, dtype: torch.dtype) -> None:
@@ -242,6 +254,10 @@ def workloads(target: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield "linear fp32 M=16384 gelu", partial(_linear, 16384, SINGLE, "gelu")
     yield "mlp fp32 M=16384 training", partial(_mlp_training, 16384, SINGLE)
     yield "linear bf16 M=16384 quick_gelu training", partial(_linear_training, 16384, HALF, "quick_gelu")
+
+    yield "block bf16 sums, 64 images", partial(_block_sums, 64)
+    yield "block bf16 sums, one image", partial(_block_sums, 1)
+    yield "block fp32 sums, 64 images", partial(_block_sums, 64, SINGLE)
 
     for columns, depth in ((384, 384), (768, 768), (384, 1536), (768, 3072), (1280, 5120), (2560, 8192)):
         yield f"linear_add_norm bf16 N={columns} K={depth}", partial(_linear_add_norm, columns, depth)

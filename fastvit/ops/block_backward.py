@@ -8,7 +8,7 @@ from .attention import attention_backward
 from .image_attention import image_attention_backward
 from .layer_norm import add_layer_norm_backward
 from .linear import _matrix, add_product, linear_backward, mlp_backward
-from .sums import strip_sums, sum_partials
+from .sums import ColumnSums
 
 FIXED = 15  # tensors before the projections' weights and biases; the last two are tables of relative positions
 
@@ -83,16 +83,17 @@ def block_backward(
     ``projections``: results, then weights."""
     projected, weights = projections[: len(projections) // 2], projections[len(projections) // 2 :]
     grads: list[Tensor | None] = [None] * len(wants)
+    sums = ColumnSums()  # of all that follows, two launches at its end
     dmlp = _scaled(grad, scale2, mask2, normalized2.dtype)
     if scale2 is not None and wants[12] and mlp is not None:
-        terms = scratch(grad.new_empty(grad.shape))
-        fill(terms, torch.mul, grad, mlp)
-        grads[12] = sum_partials([strip_sums(_matrix(terms))], [scale2])[0]
+        grads[12] = sums.of_rows(_matrix(grad), scale2, _matrix(mlp))
     given = (dmlp, normalized2, fc1_weight, fc2_weight, pre, activation, True, True, [True, *wants[8:12]], dtype)
-    dnormalized2, *grads[8:12] = mlp_backward(*given)
+    dnormalized2, *grads[8:12] = mlp_backward(*given, sums=sums)
     apart = mask1 is not None and scale1 is None  # from the gradient of the sum, rounded once
     norm = (norm2_weight, norm2_bias, scale1, mean2, rstd2, total.dtype, total.dtype if apart else attended.dtype)
-    dtotal, dbranch, grads[6], grads[7], grads[5] = add_layer_norm_backward(scratch(dnormalized2), grad, branch, total, *norm)
+    dtotal, dbranch, grads[6], grads[7], grads[5] = add_layer_norm_backward(
+        scratch(dnormalized2), grad, branch, total, *norm, sums=sums
+    )
     scratch(dtotal)
     if apart:
         dbranch = _scaled(dtotal, None, mask1, attended.dtype)
@@ -104,9 +105,10 @@ def block_backward(
             fill(dbranch, torch.mul, dbranch, mask1)
     below = any(wants[:3]) or any(wants[13:])
     drows, grads[3], grads[4] = linear_backward(
-        dbranch, rows_of(attended, window), out_weight, None, None, True, [below, wants[3], wants[4]], dtype
+        dbranch, rows_of(attended, window), out_weight, None, None, True, [below, wants[3], wants[4]], dtype, sums=sums
     )
     if not below:
+        sums.finish()
         return tuple(grads)
     scratch(drows)
     dpad = None
@@ -128,16 +130,17 @@ def block_backward(
         place = FIXED + 2 * index
         first = dnormalized is None
         dinput, grads[place], grads[place + 1] = linear_backward(
-            gradient, normalized, weight, None, None, True, [first, *wants[place : place + 2]], dtype
+            gradient, normalized, weight, None, None, True, [first, *wants[place : place + 2]], dtype, sums=sums
         )
         if dnormalized is None:
             dnormalized = scratch(dinput)
         else:
             add_product(_matrix(dnormalized), _matrix(gradient), weight.t())
+    norm = (norm1_weight, norm1_bias, None, mean1, rstd1, x.dtype, x.dtype)
+    assert dnormalized is not None  # one projection at least
+    grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, dtotal, None, x, *norm, sums=sums)
+    sums.finish()
     dbias = grads[FIXED + 1]
     if dpad is not None and dbias is not None:  # what padded tokens hold is the projection's bias
         fill(dbias, torch.add, dbias, scratch(dpad))
-    norm = (norm1_weight, norm1_bias, None, mean1, rstd1, x.dtype, x.dtype)
-    assert dnormalized is not None  # one projection at least
-    grads[0], _, grads[1], grads[2], _ = add_layer_norm_backward(dnormalized, dtotal, None, x, *norm)
     return tuple(grads)

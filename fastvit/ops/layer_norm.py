@@ -22,7 +22,7 @@ from ._common import (
     scratch,
     wants_grad,
 )
-from .sums import sum_partials
+from .sums import ColumnSums, summing
 
 
 def _total_dtype(residual: Tensor, branch: Tensor) -> torch.dtype:
@@ -41,7 +41,7 @@ def _forward(x: Tensor, branch: Tensor | None, scale, weight, bias, eps: float, 
     return mean, rstd
 
 
-def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, bool, bool]) -> tuple:
+def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, dbranch, wants: tuple[bool, ...], sums) -> tuple:
     """Token-statistics backward over rows; returns (dweight, dbias, dscale), each None where not wanted."""
     rows, channels = x.shape
     wide = channels > kernels.layer_norm_backward.MAX_CHANNELS_BACKWARD
@@ -51,7 +51,7 @@ def _backward(dy, dtotal, x, branch, scale, weight, bias_like, mean, rstd, dx, d
     weight_, scale_ = contiguous(weight), contiguous(scale)
     if rows:
         run(dy, dtotal, x, branch if wants[2] else None, scale_, weight_, mean, rstd, dx, dbranch, *partials)
-    return tuple(sum_partials(partials, (weight, bias_like, scale)))
+    return tuple(map(sums.of_partials, partials, (weight, bias_like, scale)))
 
 
 # --- layer_norm ---------------------------------------------------------------------------------------------------------
@@ -85,21 +85,31 @@ def _image_forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     return y, mean, rstd
 
 
+@summing
 def layer_norm_backward(
-    grad: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, rstd: Tensor, statistics: str
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    statistics: str,
+    *,
+    sums: ColumnSums,
 ):
     """Returns (dinput, dweight, dbias)."""
     dx = input.new_empty(input.shape)
     if statistics == "image":
-        dweight, dbias = _image_backward(grad, input, weight, bias, mean, rstd, dx)
+        dweight, dbias = _image_backward(grad, input, weight, bias, mean, rstd, dx, sums)
     else:
         x = as_rows(input)
         wants = (weight is not None, bias is not None, False)
-        dweight, dbias, _ = _backward(as_rows(grad), None, x, None, None, weight, bias, mean, rstd, dx.view(x.shape), None, wants)
+        given = (as_rows(grad), None, x, None, None, weight, bias, mean, rstd, dx.view(x.shape), None, wants)
+        dweight, dbias, _ = _backward(*given, sums)
     return dx, dweight, dbias
 
 
-def _image_backward(grad, input, weight, bias, mean, rstd, dx) -> tuple:
+def _image_backward(grad, input, weight, bias, mean, rstd, dx, sums) -> tuple:
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (input, grad))
     images, channels = x.shape[0], x.shape[2]
     strips = kernels.layer_norm_image.image_strips(x)
@@ -108,7 +118,7 @@ def _image_backward(grad, input, weight, bias, mean, rstd, dx) -> tuple:
     if count:
         scratch = [x.new_empty(images, strips, dtype=torch.float32) for _ in range(2)]
         kernels.layer_norm_image.launch_image_backward(dy, x, contiguous(weight), mean, rstd, dx, *partials, *scratch)
-    return tuple(sum_partials(partials, (weight, bias)))
+    return tuple(map(sums.of_partials, partials, (weight, bias)))
 
 
 def _fake_layer_norm_forward(input, weight, bias, eps, statistics):
@@ -184,6 +194,7 @@ def add_layer_norm_forward(
     return y, total, *_forward(matrix(residual), matrix(branch), layer_scale, weight, bias, eps, total, y, save)
 
 
+@summing
 def add_layer_norm_backward(
     grad: Tensor,
     grad_total: Tensor | None,
@@ -196,6 +207,8 @@ def add_layer_norm_backward(
     rstd: Tensor,
     residual_dtype: torch.dtype,
     branch_dtype: torch.dtype,
+    *,
+    sums: ColumnSums,
 ):
     """Returns (dresidual, dbranch, dweight, dbias, dlayer_scale); dbranch is None where it equals dresidual.
 
@@ -218,6 +231,7 @@ def add_layer_norm_backward(
         dx.view(x.shape),
         None if dbranch is None else dbranch.view(x.shape),
         (weight is not None, bias is not None, layer_scale is not None),
+        sums,
     )
     return dx, dbranch, dweight, dbias, dscale
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import dispatch
 from ._common import Operator, apply, contiguous, define, distinct, fill, kernels, run_backward, scratch, wants_grad
-from .sums import strip_sums, sum_partials
+from .sums import ColumnSums, summing
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def _tile_sums(a: Tensor, b: Tensor) -> Tensor:
-    """What ``_product`` backward leaves a bias's gradient in, for ``sum_partials``: (tiles of rows, N) float32."""
+    """What ``_product`` backward leaves a bias's gradient in, to be added up: (tiles of rows, N) float32."""
     return scratch(a.new_empty(kernels.linear_split.row_tiles(a, b, backward=True), b.shape[0], dtype=torch.float32))
 
 
@@ -108,6 +108,7 @@ def linear_forward(input: Tensor, weight: Tensor, bias: Tensor | None, activatio
     return _product(_rows(input), _matrix(weight), bias, shape, pre, activation=activation), pre
 
 
+@summing
 def linear_backward(
     grad: Tensor,
     input: Tensor,
@@ -117,6 +118,8 @@ def linear_backward(
     has_bias: bool,
     wants: list[bool],
     dtype: torch.dtype | None = None,
+    *,
+    sums: ColumnSums,
 ):
     """Returns (dinput, dweight, dbias), each None where ``wants`` says so; the latter two of ``dtype``, theirs or float32."""
     dy, x, w = _matrix(grad), _matrix(input), _matrix(weight)
@@ -124,7 +127,7 @@ def linear_backward(
         dy = _activation_gradient(dy, pre.view(dy.shape), activation)
     dinput = _product(dy, w.t(), shape=input.shape) if wants[0] else None
     dweight = _weight_gradient(dy, x, dtype) if wants[1] else None
-    dbias = sum_partials([strip_sums(dy)], [dtype or dy.dtype])[0] if wants[2] and has_bias else None
+    dbias = sums.of_rows(dy, dtype or dy.dtype) if wants[2] and has_bias else None
     return dinput, dweight, dbias
 
 
@@ -196,6 +199,7 @@ def mlp_forward(input, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation: s
     return linear_forward(hidden, fc2_weight, fc2_bias, None, False)[0], pre
 
 
+@summing
 def mlp_backward(
     grad: Tensor,
     input: Tensor,
@@ -207,6 +211,8 @@ def mlp_backward(
     has_fc2_bias: bool,
     wants: list[bool],
     dtype: torch.dtype | None = None,
+    *,
+    sums: ColumnSums,
 ):
     """Returns (dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias), each None where ``wants`` says so; those of parameters
     of ``dtype``, theirs or float32."""
@@ -215,7 +221,7 @@ def mlp_backward(
     hidden = None
     if wants[3]:
         hidden = pre if activation is None else scratch(pre.new_empty(pre.shape))
-    dy_sums = strip_sums(dy) if wants[4] and has_fc2_bias else None
+    dfc2_bias = sums.of_rows(dy, dtype or dy.dtype) if wants[4] and has_fc2_bias else None
     dpre_sums = _tile_sums(dy, w2.t()) if wants[2] and has_fc1_bias else None
     kept = None if activation is None else hidden
     dpre = scratch(_product(dy, w2.t(), activation=activation, backward=True, pre=pre, hidden=kept, sums=dpre_sums))
@@ -223,7 +229,7 @@ def mlp_backward(
     del hidden, kept
     dinput = _product(dpre, w1.t(), shape=input.shape) if wants[0] else None
     dfc1_weight = _weight_gradient(dpre, x, dtype) if wants[1] else None
-    dfc1_bias, dfc2_bias = sum_partials((dpre_sums, dy_sums), [dtype or dy.dtype] * 2)
+    dfc1_bias = sums.of_partials(dpre_sums, dtype or dy.dtype)
     return dinput, dfc1_weight, dfc1_bias, dfc2_weight, dfc2_bias
 
 
