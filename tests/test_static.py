@@ -103,6 +103,21 @@ def test_no_kernel_may_wait_for_each_product():
         assert inspection.problems(report, 0, []) == found
 
 
+def test_what_other_releases_of_triton_may_take():
+    """The stack that is known of them, and shared memory beyond the row's word as long as that leads no GPU astray."""
+    from benchmarks.static import compilation, inspection
+
+    arguments = {"op": "attention", "row": {}, "dtype": "bf16", "rows": [0], "forward": True, "matrix": False}
+    report = compilation.Report(name="name", kernel="kernel", asked_by=["asker"], **arguments, stack=40)
+    report.counts = {"wide_loads": 1, "spills": 6}
+    spills = "name spills: 40 bytes of stack, 6 spill instructions"
+    for known, found in ((0, [spills]), (39, [spills]), (40, [])):
+        assert inspection.problems(report, 232448, [{}], known) == found
+    for stated, taken, found in ((65536, 101376, 0), (101376, 101377, 1), (101377, 166912, 0), (200000, 232449, 1)):
+        report.shared = taken
+        assert len(inspection.problems(report, 232448, [{"shared": stated}], 40)) == found
+
+
 def _row(name, registers, **loop):
     counts = {"instructions": 100, "HGMMA": 4}
     return {
