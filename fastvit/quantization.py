@@ -138,7 +138,8 @@ def accuracy(
             after every so many products, 0: never. Takes some fifty times as long.
         calibration: more such inputs, other pictures than those of ``inputs``, some thousands of tokens. Weights are then not
             rounded to the nearest, but so that the products of inputs like these err least (``quantize_fitted`` of
-            ``fastvit.reference_quantized``, Frantar et al. 2022), which takes nothing where they are used.
+            ``fastvit.reference_quantized``, Frantar et al. 2022), which takes nothing where they are used. Changing those weights
+            or their biases afterwards is an error where they are used; changing a norm before them is none, but costs accuracy.
         labels: the class, from 0 on, of every picture of ``inputs``, for ``top1``. The model's own output (B, classes) is logits
             where it is named so (Hugging Face), or where the model's ``head``, ``heads``, ``classifier`` or ``fc`` holds a linear
             to as many. What ``features`` chooses, embeddings and tokens take their class by their nearest neighbours among these

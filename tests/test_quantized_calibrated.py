@@ -209,6 +209,23 @@ def test_every_change_of_a_calibrated_linear_is_seen():
 
 
 @torch.no_grad()
+def test_a_norm_may_change_after_the_calibration():
+    """The weights are still those that were rounded, and the norm, with its bound of the hidden layer, is the present one."""
+    model, found = small("fp8")
+    norm = model.blocks[0].norm2
+    norm.weight.mul_(16)
+    norm.bias.add_(15)
+    found.check_model(model)
+    x = image(seed=30, batch=4)
+    exact = model(x)
+    with quantization.simulated(model, "fp8"):
+        nearest = model(x)
+    with quantization.simulated(model, found):
+        stale = model(x)
+    assert (stale - exact).norm() < 4 * (nearest - exact).norm(), "no longer for its inputs, and no more than that"
+
+
+@torch.no_grad()
 def test_memory_for_one_linear_at_a_time_is_enough(monkeypatch):
     _, found = small("int8")
     monkeypatch.setattr("fastvit.simulation.MOMENTS", 1)
