@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import fastvit
+from fastvit.ops import _recipes, linear
 from fastvit.ops import block as one_block
-from fastvit.ops import linear
 from tests import models_for_acceleration as models
 from tests.model_errors import OUTPUT, assert_equal_gradients, relative
 
@@ -166,6 +166,19 @@ def test_a_layer_scale_may_be_a_buffer(device):
         del block.ls1.gamma
         block.ls1.register_buffer("gamma", gamma)
     assert_equal_gradients(gradients(ours, x, ONE), gradients(original, x))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+def test_gradients_enabled_within_inference_mode_are_none(autocast, device):
+    """Autograd records nothing there, and refuses to save what was made there."""
+    block, original, x = made(timm_vit, device)
+    with torch.inference_mode(), torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=autocast):
+        expected, out = original(x), block(x)
+    assert out.is_inference()
+    assert not out.requires_grad
+    assert relative(out, expected) <= (2e-2 if autocast else OUTPUT)
+    with torch.inference_mode(), torch.enable_grad():  # what a GPU goes by
+        assert not _recipes.signature_of(one_block.block_forward, (x, *block.parameters())).training
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -502,6 +502,9 @@ def test_inference_mode(backend, device, block):
         expected = block(x)
     with torch.inference_mode():
         torch.testing.assert_close(block(x), expected)
+    x.requires_grad_()
+    with torch.inference_mode(), torch.enable_grad():  # autograd records nothing, and nothing could be saved for it
+        torch.testing.assert_close(block(x), expected)
 
 
 def test_parameters_as_inputs(backend, device):

@@ -37,7 +37,8 @@ class Signature(NamedTuple):
 def signature_of(function: Callable[..., Any], args: Sequence[Any], *more: Any) -> Signature | None:
     """Of a call whose first argument is a tensor; None where an argument is nothing that a recipe knows."""
     first = args[0]
-    device, grad, training = first.get_device(), torch.is_grad_enabled(), False
+    grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()  # as in ``wants_grad``
+    device, training = first.get_device(), False
     key: list[Any] = [function, get_backend(), device, *more]
     if first.dtype is torch.float32:
         key.append(kernels._launch.input_precision(torch.float32))

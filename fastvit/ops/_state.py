@@ -74,10 +74,11 @@ def forward_ad_active() -> bool:
 
 def wants_grad(*tensors: Tensor | None) -> bool:
     """Whether to go through the Function: a gradient is wanted, or a ``torch.func`` transform or forward-mode
-    differentiation, which the Function refuses and the raw operators would ignore, hides whether one is."""
+    differentiation, which the Function refuses and the raw operators would ignore, hides whether one is. In inference mode
+    none is, also where gradients are enabled within it: autograd records nothing there."""
     if not torch.compiler.is_compiling() and (transforms() or forward_ad._current_level >= 0):
         return True
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled()):
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 return True
