@@ -139,3 +139,21 @@ def test_a_graph_is_of_the_whole_batch_whatever_its_size(batches):
     exported = torch.export.export(one, (x,), dynamic_shapes=({0: batch},)).module()
     assert len(batches) == 1
     torch.testing.assert_close(exported(tokens(6, 10)), one(tokens(6, 10)), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_module_that_is_called_sees_the_whole_batch(batches):
+    model, seen = timm_vit(scale_attn_norm=True, scale_mlp_norm=True, depth=1), []
+    fastvit.accelerate(model)
+    for norm in (model.blocks[0].attn.norm, model.blocks[0].mlp.norm):
+        norm.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    model(image(6))
+    assert seen == [6, 6]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("samples", [2, 3])
+def test_a_mask_of_another_number_of_samples_is_refused(batches, samples):
+    one = fastvit.accelerate(timm_vit(init_values=None).blocks[0])
+    with pytest.raises((RuntimeError, ValueError)):
+        one(tokens(6, 10), attn_mask=torch.zeros(samples, 1, 10, 10))

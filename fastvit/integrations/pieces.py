@@ -23,12 +23,18 @@ def samples_of(parts: Parts, layout: Layout, call: Call) -> int | None:
     """Samples to a piece of a call that PyTorch's operators serve; None where the batch stays whole.
 
     That is so where it is small; where a graph of it is made, by autograd or by a compiler, to which its size should mean
-    nothing; and where random numbers are drawn, in the batch's order.
+    nothing; where random numbers are drawn, in the batch's order; where a module is called as it is, which may be watched; and
+    where a mask or a table is of another number of samples.
     """
     if torch.is_grad_enabled() or not may_write() or not layout.plain or call.present is not None:
         return None
     x, mlp = call.hidden, layout.mlp
     if mlp is None or not x.is_cpu or type(x) is not Tensor or x.shape[0] < 2:
+        return None
+    names = layout.attention
+    if any(parts.part(path) for path in (names.query_norm, names.key_norm, names.out_norm, mlp.hidden_norm)):
+        return None
+    if any(t is not None and t.dim() == 4 and len(t) not in (1, len(x)) for t in (call.attn_mask, call.cos, call.sin)):
         return None
     features = max(3 * x.shape[-1], parameter(parts.child(mlp.fc1), "weight").shape[0])
     widest = x.numel() // max(x.shape[-1], 1) * features * x.element_size()
