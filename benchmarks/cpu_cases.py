@@ -125,9 +125,9 @@ def small(settings: Settings) -> list[Case]:
         vit(8, *PEERS, seconds=18),
         vit(1, *PEERS, COMPILED, seconds=6),
         _vit("Hugging Face DINOv2-S", dinov2_small, TRANSFORMERS, 518, 1, of_dinov2, *PEERS, seconds=10),
-        _vit("Hugging Face ViT-B/16", vit_base, TRANSFORMERS, 224, 8, of_vit, seconds=6),
-        _sam("segment_anything SAM-B", encoder, sizes, of_sam(sizes, "eager"), seconds=30),
-        _sam("Hugging Face SAM-B", encoder_of_transformers, sizes, FUSED, seconds=25),
+        _vit("Hugging Face ViT-B/16", vit_base, TRANSFORMERS, 224, 8, of_vit, "openvino", seconds=6),
+        _sam("segment_anything SAM-B", encoder, sizes, of_sam(sizes, "eager"), "openvino", seconds=30),
+        _sam("Hugging Face SAM-B", encoder_of_transformers, sizes, FUSED, "openvino", seconds=25),
     ]
 
 
@@ -152,5 +152,5 @@ def large(settings: Settings) -> list[Case]:
         _step(vit("ViT-B/16", 224, TIMM, 8), functools.partial(models.build, "ViT-B/16", settings), TIMM, rounds=3),
         _step(_sam("segment_anything SAM-B", encoder, trained, {}), to_train, of_sam(trained, "eager", "sdpa"), rounds=2),
         _sam("segment_anything SAM-L", encoder, many, of_sam(many, "sdpa"), "openvino", rounds=2),
-        _sam("segment_anything SAM-H", encoder, most, of_sam(most, "sdpa"), rounds=2),
+        _sam("segment_anything SAM-H", encoder, most, of_sam(most, "sdpa"), "openvino", rounds=2),
     ]
