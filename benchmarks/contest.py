@@ -87,16 +87,21 @@ def variants(
 
 
 class Rounding:
-    """``accuracy``'s rule for bf16: what the first peer that is sane errs sets how much the others may."""
+    """``accuracy``'s rule for bf16: what the first peer that is sane errs sets how much the others may.
 
-    def __init__(self) -> None:
-        self.standard: accuracy.Error | None = None
+    It stays in the row as ``standard``, so that who has a turn in another run is held to the same.
+    """
+
+    def __init__(self, row: results.Row) -> None:
+        self.row = row
 
     def __call__(self, name: str, result: Tensor, exact: Tensor, of_peer: bool) -> float:
         error = accuracy.worst(accuracy.errors([result], [exact]))
-        if self.standard is None and of_peer and error.overall <= SANE:
-            self.standard = error
-        accuracy.check(name, [result], [exact], torch.bfloat16, self.standard and [self.standard])
+        if "standard" not in self.row and of_peer and error.overall <= SANE:
+            self.row["standard"] = {"of": name, "overall": error.overall, "row": error.row}
+        kept = self.row.get("standard")
+        standard = [accuracy.Error(kept["overall"], kept["row"])] if kept else None
+        accuracy.check(name, [result], [exact], torch.bfloat16, standard)
         return error.overall
 
 
@@ -120,7 +125,7 @@ class Contest:
     """One row being filled: everyone is checked by ``rule`` against ``exact``, then timed, within the settings' limits."""
 
     def __init__(self, row: results.Row, settings: Settings, exact: Tensor, rule: Rule | None = None):
-        self.row, self.settings, self.exact, self.rule = row, settings, exact.float().cpu(), rule or Rounding()
+        self.row, self.settings, self.exact, self.rule = row, settings, exact.float().cpu(), rule or Rounding(row)
         self.counter = energy.counter() if settings.device == "cuda" and not settings.dry else "no GPU"
         if isinstance(self.counter, str):
             row["energy_absent"] = self.counter
@@ -171,11 +176,11 @@ class Contest:
         return error, timing
 
     def peers(self, builders: Builders) -> None:
-        """The first of them runs in any case: it sets how much the others may be off."""
+        """The first of them sets how much the others may be off."""
         row = self.row
         row.setdefault("events_ms", {})
-        for number, (name, build) in enumerate(builders.items()):
-            if number and name in row["peers"]:  # timed in the run that this one goes on from
+        for name, build in builders.items():
+            if name in row["peers"]:  # timed in the run that this one goes on from
                 continue
             found = self.attempt(name, build, of_peer=True)
             if isinstance(found, tuple):  # whatever a peer throws, it does not serve here

@@ -5,8 +5,9 @@
 peak_mb, peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move.
 Whole models besides: p95_ms, images_s, mfu, joules_an_image (or ``energy_absent``, why not), the peers' as peers_p95_ms and
 peers_joules_an_image, and ``took_s`` {name: seconds} of everyone's turn, compiling and checking included. A row without a
-time has an ``error`` and its ``traceback``. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and
-``events_ms`` {name: ms} has everyone's time by events; ``broke`` names who left the device unusable.
+time has an ``error`` and its ``traceback``. ``standard`` {"of", "overall", "row"}: the peer by whose error the others of a whole
+model are judged. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and ``events_ms`` {name: ms} has
+everyone's time by events; ``broke`` names who left the device unusable.
 """
 
 import contextlib
