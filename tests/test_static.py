@@ -44,6 +44,9 @@ kernel:
 
 def test_loops_are_backward_branches():
     instructions = machine_code.read_sass(SASS)
+    assert instructions == machine_code.read_sass(SASS.replace(" ;", "            &req={1,0}         ?trans5;")), (
+        "for the scheduler"
+    )
     assert [(body.start, body.stop) for body in machine_code.loops(instructions)] == [(1, 4), (5, 10), (4, 12)]
 
 

@@ -20,6 +20,11 @@ MAX_STACK = 32  # bytes a thread: what the compiler sets aside for calls, as aga
 KNOWN_STACK: dict[tuple[str, str], dict[str, int]] = {
     ("3.6", "sm_80"): {"layer_norm_backward": 168},
     ("3.6", "sm_90"): {"layer_norm_backward": 192},
+    ("3.6", "sm_100"): {"attention_backward_mask": 48, "attention_forward": 8, "layer_norm_backward": 216},
+    ("3.6", "sm_120"): {"layer_norm_backward": 56},
+    ("3.6", "gfx942"): {"attention_backward_key": 64, "rotary_attention": 60},
+    ("3.6", "default"): {"layer_norm_backward": 144},
+    ("3.9", "sm_80"): {"attention_backward_mask": 88, "attention_backward_query": 192, "image_attention_window": 1880},
     ("3.9", "sm_90"): {
         "attention_backward_query": 168,
         "attention_backward_short": 56,
@@ -28,6 +33,7 @@ KNOWN_STACK: dict[tuple[str, str], dict[str, int]] = {
     },
     ("3.9", "sm_100"): {"attention_backward_mask": 56},
     ("3.9", "sm_120"): {"attention_backward_mask": 40, "attention_backward_query": 48},
+    ("3.9", "gfx942"): {"attention_backward_key": 140},
     ("3.9", "default"): {"attention_forward": 8},
 }
 

@@ -70,12 +70,13 @@ class MachineCode:
 
 
 def read_sass(text: str) -> list[Instruction]:
-    """The instructions of ``cuobjdump -sass``."""
+    """The instructions of ``cuobjdump -sass``; from sm_100 on CUDA 12.8's, in Triton 3.6, shows what the scheduler is told after
+    the operands ("&req={1} ?trans5")."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)([^;\n]*)", text, re.M)
     index = {int(address, 16): number for number, (address, _, _, _) in enumerate(lines)}
     instructions = []
     for _, predicate, opcode, operands in lines:
-        target = re.search(r"\b0x([0-9a-f]+)\b\s*$", operands) if opcode.split(".")[0] in ("BRA", "CALL") else None
+        target = re.search(r"\b0x([0-9a-f]+)(\s+[?&]\S+)*\s*$", operands) if opcode.split(".")[0] in ("BRA", "CALL") else None
         leads_to = index.get(int(target[1], 16)) if target else None
         instructions.append(Instruction(opcode, leads_to, bool(predicate)))
     return instructions
