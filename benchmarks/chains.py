@@ -121,7 +121,7 @@ def tasks(settings: Settings) -> Iterator[Task]:
 
 def run(case: Case, row: results.Row, settings: Settings) -> None:
     if reason := why_not(case, settings):
-        raise RuntimeError(reason)
+        raise results.NotRun(reason)
     chain = Chain(case, settings)
     row["shape"] = chain.shape
     row["mbyte"] = sum(p.numel() * (1 if case.precision in quantized.FORMATS else 2) for p in chain.blocks.parameters()) / 1e6

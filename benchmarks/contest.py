@@ -51,17 +51,13 @@ class Captured:
         return self.call()
 
 
-class NotRun(Exception):
-    """Why a contestant has no time, which is no defect of ours."""
-
-
 def replayed(model: Any, call: Call) -> Captured:
-    """The call of a model that was accelerated with ``cuda_graphs=True``. Raises ``NotRun`` where nothing of it is replayed."""
+    """The call of a model accelerated with ``cuda_graphs=True``. Raises ``results.NotRun`` where nothing of it is replayed."""
     for _ in range(UNTIL_REPLAYED):
         call()
     outcomes = fastvit.report(model).graphs
     if not any(outcome.endswith("its last call was replayed") for outcome in outcomes.values()):
-        raise NotRun(f"no replay: {'; '.join(outcomes.values()) or 'nothing of it is graphed'}")
+        raise results.NotRun(f"no replay: {'; '.join(outcomes.values()) or 'nothing of it is graphed'}")
     return Captured(call)
 
 
@@ -144,7 +140,7 @@ class Contest:
                 found = str(slow) if of_peer or "compile" in name else RuntimeError(str(slow))
                 if self.settings.why_not(name):  # the run is over, not the contestant's time
                     found = results.NO_TIME
-            except NotRun as why:
+            except results.NotRun as why:
                 found = str(why)
             except Exception as caught:
                 found = caught

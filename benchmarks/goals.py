@@ -355,8 +355,11 @@ def findings(rows: list[Row], goals: Iterable[Goal] = GOALS) -> Iterator[Finding
             if row.get("error"):
                 yield Finding(goal, label, None, f"missed: {row['error']}")
                 continue
-            value = goal.value(row, rows) if row["ours_ms"] else None
-            yield Finding(goal, label, value, "not measured")
+            if row["ours_ms"]:
+                yield Finding(goal, label, goal.value(row, rows), "not measured")
+                continue
+            reason = row["unavailable"].get("fastvit")
+            yield Finding(goal, label, None, f"not measured: {reason}" if reason else "not measured")
         seen = {row["case"] for row in asked}
         for case in goal.cases:
             if not any(fnmatch.fnmatch(name, case) for name in seen):

@@ -188,13 +188,12 @@ def check(precision: str, out: Any, exact: Tensor) -> float:
 
 
 def run(case: Case, row: results.Row, settings: Settings) -> None:
-    """Fills the row; a wrong result of ours gets an ``error`` and no time."""
+    """Fills the row; a wrong result of ours gets an ``error`` and no time. ``NotRun`` where the GPU has no such products."""
     row |= {"gflop": case.flops / 1e9, "mbyte": case.bytes / 1e6}
     row["floor_ms"] = settings.floor_ms(row["gflop"] / 2, row["mbyte"])
     absent = quantized.why_not(case.precision, torch.device(settings.device))
     if absent and not settings.dry:
-        row["unavailable"]["fastvit"] = absent
-        return
+        raise results.NotRun(absent)
     torch.manual_seed(0)
     cache = torch.cuda.get_device_properties(0).L2_cache_size if settings.device == "cuda" else 0
     sets = [Operands(case, settings.device) for _ in range(max(1, min(8, math.ceil(2 * cache / case.bytes))))]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import fastvit
 from fastvit import quantization
 from fastvit._torchvision import ensure_importable
+from fastvit.ops import quantized
 from fastvit.reference_quantized import FORMATS
 
 from . import contest, exports, floors, results
@@ -152,7 +153,15 @@ def _simulated(model: nn.Module, precision: str, x: Tensor) -> Tensor:
         return model(x)
 
 
+def require(precision: str, settings: Settings) -> None:
+    """Raises ``NotRun`` on a device that has no products in that format; a dry run simulates them."""
+    reason = None if settings.dry else quantized.why_not(precision, torch.device(settings.device))
+    if reason:
+        raise results.NotRun(reason)
+
+
 def run_in_8_bits(name: str, image: int, row: results.Row, settings: Settings) -> None:
+    require(row["dtype"], settings)
     model, x, exact = subject(name, image, row, settings)
     compete_in_8_bits(model, x, exact, row, settings)
 

@@ -50,7 +50,7 @@ def draw(result: Result, stem: Path) -> list[Path]:
 
 def roofline(result: Result, path: Path) -> Path | None:
     """Arithmetic per byte against speed, for every operator's forward pass, fastvit beside the fastest peer."""
-    rows = [r for r in result["rows"] if r["ours_ms"] and r.get("mbyte") and r["pass"] == "forward"]
+    rows = [r for r in result["rows"] if r["ours_ms"] and r.get("mbyte") and r.get("gflop") and r["pass"] == "forward"]
     if not rows:
         return None
     tera = result["gpu"] != "none"

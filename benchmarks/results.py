@@ -41,6 +41,10 @@ Row = dict[str, Any]
 Result = dict[str, Any]
 
 
+class NotRun(Exception):
+    """Why a contestant, or a whole row, has no time, which is no defect of ours."""
+
+
 def new_row(case: str, op: str, direction: str, dtype: str, shape: list[int]) -> Row:
     """A row before anything is measured."""
     label = {"case": case, "op": op, "pass": direction, "dtype": dtype, "shape": shape}
@@ -55,6 +59,13 @@ def key(row: Row) -> tuple:
 
 def name_of(row: Row) -> str:
     return f"{row['op']} {row['case']} {row['pass']} {row['dtype']} {'×'.join(map(str, row['shape']))}"
+
+
+def why_no_time(row: Row) -> str | None:
+    """What failed, or why ours does not run on that device; None where the row has our time."""
+    if row.get("error"):
+        return row["error"]
+    return None if row["ours_ms"] else row["unavailable"].get("fastvit", "not measured")
 
 
 def ratio(row: Row) -> float | None:

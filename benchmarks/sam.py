@@ -311,6 +311,7 @@ def run_encoder(name: str, row: results.Row, settings: Settings) -> None:
 
 
 def run_in_8_bits(name: str, row: results.Row, settings: Settings) -> None:
+    models.require(row["dtype"], settings)
     subject = Subject(name, row, settings, lambda sam: sam.image_encoder)
     encoder = subject.original().image_encoder  # fastvit's own is no subject of ``accelerate``
     models.compete_in_8_bits(encoder, subject.x, subject.exact, row, settings)

@@ -32,8 +32,8 @@ def print_rows(rows: list[Row]) -> None:
     print(f"{'case':40} {'op':16} {'pass':10} {'ours ms':>10} {'peer ms':>10} {'ratio':>6} {'of floor':>8}  fastest peer")
     for row in by_ratio(rows):
         name = f"{row['case'][:40]:40} {row['op']:16} {row['pass']:10}"
-        if row.get("error"):
-            print(f"{name} {row['error']}")
+        if why := results.why_no_time(row):
+            print(f"{name} {why}")
             continue
         best = results.fastest_peer(row)
         peer = f"{row['peers'][best]:10.4f} {results.ratio(row):6.2f}" if best else f"{'-':>10} {'-':>6}"
@@ -67,8 +67,8 @@ def quartiles(row: Row) -> str:
 def _cells(row: Row) -> list[str]:
     shape = "×".join(map(str, row["shape"]))
     label = [row["case"], row["pass"], shape]
-    if row.get("error"):
-        return [*label, "**failed**", "", "", "", ""]
+    if why := results.why_no_time(row):
+        return [*label, "**failed**" if row.get("error") else f"not run: {why}", "", "", "", ""]
     found, best = results.ratio(row), results.fastest_peer(row)
     against = "none" if best is None else f"{best}, {duration(row['peers'][best])}"
     speed = "–" if found is None else f"{found:.2f}{quartiles(row)}"
@@ -126,10 +126,9 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
         peers = [duration(row["peers"].get(name)) for name in names]
         if not names:
             peers = ["none" if best is None else f"{best}, {duration(row['peers'][best])}"]
-        if row.get("error"):
-            lines.append(
-                "| " + " | ".join([row["case"], *peers, f"**failed**: {row['error']}"]) + " |" * (len(head) - len(peers) - 1)
-            )
+        if why := results.why_no_time(row):
+            cell = f"{'**failed**' if row.get('error') else 'not run'}: {why}"
+            lines.append("| " + " | ".join([row["case"], *peers, cell]) + " |" * (len(head) - len(peers) - 1))
             continue
         found, late = results.ratio(row), row.get("p95_ms")
         cells = [row["case"], *peers, duration(row["ours_ms"]) + (f" ({duration(late)})" if late else "")]

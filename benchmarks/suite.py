@@ -112,6 +112,8 @@ def _fill(task: Task, settings: Settings) -> results.Row:
     row = task.row
     try:
         task.measure(row, settings)
+    except results.NotRun as why:
+        row["unavailable"]["fastvit"] = str(why)
     except Exception as error:
         row |= results.failure(error)
     if results.is_sticky(row.get("error") or ""):
@@ -195,8 +197,8 @@ def run(job: Run, say: Callable[[str], None] = print) -> tuple[results.Result, P
 
 def progress(row: results.Row) -> str:
     """One line of a row that was just measured."""
-    if row.get("error"):
-        return f"{results.name_of(row)}: {row['error']}"
+    if why := results.why_no_time(row):
+        return f"{results.name_of(row)}: {why}"
     found = results.ratio(row)
     against = f", {found:.2f} times as fast as {results.fastest_peer(row)}" if found else ""
     return f"{results.name_of(row)}: {row['ours_ms']:.4g} ms{against}"

@@ -305,6 +305,7 @@ def test_plots_of_a_whole_table(tmp_path):
             row | {"ours_ms": ours, "floor_ms": 1.0, "peers": {"sdpa": 7.0 * batch} | ({"eager": 9.0} if batch == 1 else {})}
         )
     rows.append(results.new_row("SAM-B", "sam", "forward", "fp32", [1]) | {"error": "x"})
+    rows.append(results.new_row("ViT-B/16 blocks", "chain", "forward", "bf16", []) | {"ours_ms": 1.0, "mbyte": 170.0})
     about = {"gpu": "none", "threads": 2, "cpu": "CPU", "copy_gb_s": 10.0, "gemm_tflop_s": 0.1, "rows": rows}
     drawn = plots.draw(about, tmp_path / "x")
     assert [path.name for path in drawn] == [f"x-{name}.png" for name in ("roofline", "tokens", "memory", "images", "ratios")]

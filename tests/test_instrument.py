@@ -19,13 +19,16 @@ import fastvit
 from benchmarks import (
     accuracy,
     cases,
+    chains,
     contest,
     energy,
     exports,
     first_call,
     floors,
+    goals,
     gpu,
     limits,
+    linear_8bit,
     measure,
     models,
     operators,
@@ -39,6 +42,7 @@ from benchmarks import (
 )
 from benchmarks.settings import Settings
 from fastvit import functional, reference
+from fastvit.ops import quantized
 
 ROOT = Path(__file__).parent.parent
 CEILINGS = {"gemm_tflop_s": 790.0, "copy_gb_s": 4300.0}
@@ -602,6 +606,29 @@ def test_the_result_file_is_named_by_gpu_day_and_commit(tmp_path):
     path = results.path_of(tmp_path, about, datetime.date(2026, 1, 31))
     assert path == tmp_path / "nvidia-h200-141gb" / "2026-01-31-0123456.json"
     assert results.path_of(tmp_path, about | {"gpu": "none"}, datetime.date(2026, 1, 31)).parent.name == "cpu"
+
+
+def test_a_row_without_a_time_is_printed_with_its_reason(monkeypatch, capsys):
+    """As on a GPU without products in FP8 or dependent launches: no failure, nothing to try again, and nothing that throws."""
+    absent = "needs compute capability 8.9"
+    monkeypatch.setattr(quantized, "why_not", lambda precision, device: absent)
+    monkeypatch.setattr(chains, "why_not", lambda case, settings: absent)
+    tasks = [next(iter(part.tasks(Settings("cuda", CEILINGS)))) for part in (linear_8bit, chains)]
+    tasks += [next(t for t in part.tasks(Settings("cuda", {})) if t.row["dtype"] == "fp8") for part in (models, sam)]
+    rows = [suite._fill(task, Settings("cuda", CEILINGS)) for task in tasks]
+    rows.append(results.new_row("never", "linear", "forward", "bf16", [1]))
+    for row, reason in zip(rows, [absent] * 4 + ["not measured"], strict=True):
+        assert "error" not in row
+        assert results.is_complete(row)
+        assert suite.progress(row).endswith(f": {reason}")
+    show.print_rows(rows)
+    assert capsys.readouterr().out.count(absent) == 4
+    about = {"gpu": "A100", "commit": "0123456789", "date": "2026-01-31", "versions": {"torch": "2.13.0"}}
+    page = show.page(about | {"rows": rows})
+    assert "slower in 0, failed in 0" in page
+    assert page.count(f"not run: {absent}") == 4
+    wanted = [line for line in goals.listed(rows, "A100") if line.endswith(f"not measured: {absent}")]
+    assert len(wanted) == 4  # how much faster FP8 is, and its cosine, of two models
 
 
 def test_losses_are_printed_first(capsys):
