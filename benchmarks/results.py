@@ -149,17 +149,22 @@ def output_of(*command: str) -> str:
 def commit() -> str:
     """What was measured: the checkout's commit, and ``+dirty-`` with a hash where the sources are not the committed ones.
 
-    As installed: the version and a hash of the installed sources. ``FASTVIT_COMMIT`` names it where git cannot.
+    Without git, or as installed: the version and a hash of all sources. ``FASTVIT_COMMIT`` names it instead.
     """
     if os.environ.get("FASTVIT_COMMIT"):
         return os.environ["FASTVIT_COMMIT"]
     if output_of("git", "rev-parse", "--show-toplevel") != str(ROOT):
-        installed = sorted(path for path in Path(fastvit.__file__).parent.rglob("*") if path.suffix in (".py", ".json"))
-        return f"v{fastvit.__version__}-{_hash(installed)}"
+        return f"v{fastvit.__version__}-{_hash(_sources(Path(fastvit.__file__).parent, ROOT / 'kernels', ROOT / 'benchmarks'))}"
     changed = output_of("git", "diff", "--name-only", "HEAD", "--", *SOURCES).splitlines()
     changed += output_of("git", "ls-files", "--others", "--exclude-standard", "--", *SOURCES).splitlines()
     dirty = f"+dirty-{_hash([ROOT / name for name in sorted(changed)])}" if changed else ""
     return output_of("git", "rev-parse", "HEAD") + dirty
+
+
+def _sources(*folders: Path) -> list[Path]:
+    """Python and tables below the folders, in order, none twice and no result."""
+    found = {path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".json")}
+    return sorted(path for path in found if ROOT / "benchmarks" / "results" not in path.parents)
 
 
 def _hash(files: list[Path]) -> str:

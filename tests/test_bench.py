@@ -267,6 +267,26 @@ def test_a_changed_tree_is_another_commit(tmp_path, monkeypatch):
     assert results.commit().startswith("v")
 
 
+def test_without_git_every_source_is_part_of_the_name(tmp_path, monkeypatch):
+    """A kernel, a tuning table or the instrument itself changed on a copy: its rows are another commit's. Results are not."""
+    monkeypatch.delenv("FASTVIT_COMMIT", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results.fastvit, "__file__", str(tmp_path / "fastvit" / "__init__.py"))
+    sources = ("fastvit/__init__.py", "kernels/linear.py", "kernels/tables/h100.json", "benchmarks/measure.py")
+    for name in (*sources, "benchmarks/results/h100/x.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    found = {results.commit()}
+    for name in sources:
+        (tmp_path / name).write_text("2")
+        found.add(results.commit())
+    assert len(found) == 5
+    assert all(name.startswith("v") for name in found)
+    (tmp_path / "benchmarks/results/h100/x.json").write_text("2")
+    assert results.commit() in found
+
+
 def test_what_was_left_out_for_want_of_time_is_measured_again(tmp_path, monkeypatch):
     seen = []
 
