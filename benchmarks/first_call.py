@@ -37,7 +37,7 @@ def tasks(settings: Settings) -> Iterator[Task]:
     for part, index in one_of_each()[: 1 if settings.dry else None]:
         sized = operators.subject(cases.ALL[part][index], settings)
         row = results.new_row(sized.name, sized.op, "first_call", settings.dtype, sized.shape)
-        yield Task(row, functools.partial(run, part, index))
+        yield Task(row, functools.partial(run, part, index), contestants=("compile",))
 
 
 def run(part: str, index: int, row: results.Row, settings: Settings) -> None:

@@ -24,7 +24,7 @@ def tasks(settings: Settings) -> Iterator[Task]:
     for case in first_call.one_of_each():
         small = cases.ALL[case[0]][case[1]].small()
         row = results.new_row(small.name, small.op, "launch", settings.dtype, small.shape)
-        yield Task(row, functools.partial(run, small))
+        yield Task(row, functools.partial(run, small), contestants=PEERS)
 
 
 def run(case: cases.Case, row: results.Row, settings: Settings) -> None:

@@ -36,7 +36,10 @@ class Pick:
 
 FUSED = ("eager", "sdpa*")
 WITH_POSITIONS = ("sdpa*", "bias_folded*", "flex")
-OURS = ("accelerated", "accelerated_compile", "fastvit", "fastvit_compile")
+WITH_POSITIONS_BACKWARD = ("sdpa*", "bias_folded", "bias_folded_flash", "flex")
+MOST_ASKED = ("ViT-?/* fc1", "SAM-H fc1", "ViT-?/* fc2", "SAM-H qkv")  # linears
+AS_THEY_ARE = ("accelerated", "fastvit")
+OURS = (*AS_THEY_ARE, "accelerated_compile", "fastvit_compile")
 OF_ONE_IMAGE = (
     "eager",
     "sdpa",
@@ -50,25 +53,25 @@ FIRST = (
     Pick("attention", (*goals.LENGTHS_64, *goals.LENGTHS_80, "SAM-B global, no bias"), only=FUSED),
     Pick("layer_norm", (*goals.MANY_ROWS, *goals.MANY_ROWS_ADDED), "*", ("eager", "compile")),
     Pick("image_attention", ("*",), only=("sdpa_dense_bias", "bias_folded", "bias_folded_flash", "segment_anything")),
-    Pick("linear", ("*fc1", "*fc2", "* qkv"), only=("eager", "compile")),
+    Pick("linear", (*MOST_ASKED, "SAM mask decoder fc1"), only=("eager", "compile")),
     Pick("models", ("ViT-B/16 224, batch 256",), only=("sdpa", *goals.COMPILED, *OURS)),
-    Pick("models", ("ViT-[LH]/?? 224, batch 256",), only=("sdpa", "compile_max_autotune", *OURS)),
+    Pick("models", ("ViT-[LH]/?? 224, batch 256",), only=("sdpa", "compile_max_autotune", *AS_THEY_ARE)),
     Pick("models", ("ViT-B/16 224, batch 1",), only=(*OF_ONE_IMAGE, "compile", "accelerated_compile")),
     Pick("models", ("ViT-[LH]/?? 224, batch 1",), only=OF_ONE_IMAGE),
     Pick("chains", ("ViT-B/16 blocks*",)),
-    Pick("sam", ("SAM-? encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
+    Pick("sam", ("SAM-B encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *OURS)),
+    Pick("sam", ("SAM-[LH] encoder, batch 8",), only=("segment_anything", "transformers_sdpa", "bias_folded", *AS_THEY_ARE)),
     Pick("models", ("ViT-L/16 224, batch 64, fp8",), only=("torchao_float8_compile", "accelerated*")),
-    Pick("models", ("ViT-L/16 224, batch 64, int8",), only=("accelerated*",)),
     Pick("attention", goals.LENGTHS_64, "backward", FUSED),
     Pick("attention", ("SAM mask decoder, *",), only=FUSED),
     Pick("attention", (*goals.GLOBAL, "SAM-B window"), only=WITH_POSITIONS),
-    Pick("attention", (*goals.GLOBAL, "SAM-B window"), "backward", WITH_POSITIONS),
+    Pick("attention", (*goals.GLOBAL, "SAM-B window"), "backward", WITH_POSITIONS_BACKWARD),
     Pick("linear", ("ViT-B/16 224 * + add + norm, batch 1",), only=("eager", "vendor_add_layer_norm", "compile")),
     Pick("launches", ("*",), "launch"),
     Pick("training", ("ViT-*",), "step", ("sdpa", "compile", *OURS)),
     Pick("first_call", ("ViT-B/16 224*", "SAM-B windows"), "first_call", ("fastvit",)),
     Pick("image_attention", ("SAM-B *", "SAM-H *"), "backward", ("sdpa_dense_bias", "bias_folded")),
-    Pick("linear", ("*fc1", "*fc2", "* qkv"), "backward", ("eager", "compile")),
+    Pick("linear", MOST_ASKED, "backward", ("eager", "compile")),
 )
 
 

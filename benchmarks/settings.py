@@ -39,9 +39,13 @@ class Settings:
         wanted = any(fnmatch.fnmatch(name, glob) for glob in self.only)
         return None if wanted and time.monotonic() < self.ends else NO_TIME
 
+    def run_left_s(self) -> float | None:
+        """How long the run may take from now on; None: as long as it likes."""
+        return None if math.isinf(self.ends) else max(1.0, self.ends - time.monotonic())
+
     def left_s(self) -> float | None:
-        """How long a contestant may take from now on; None: as long as it likes."""
-        return None if self.limit_s is None else min(self.limit_s, max(1.0, self.ends - time.monotonic()))
+        """The same of a contestant."""
+        return min((left for left in (self.limit_s, self.run_left_s()) if left is not None), default=None)
 
     def why_not_compiled(self) -> str | None:
         if self.dry:

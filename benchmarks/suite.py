@@ -25,6 +25,7 @@ from . import (
     cpu_models,
     first_call,
     launches,
+    limits,
     linear_8bit,
     measure,
     models,
@@ -108,10 +109,17 @@ class Broken(Exception):
 
 
 def _fill(task: Task, settings: Settings) -> results.Row:
-    """The row; whatever is raised around its measurement is in it."""
+    """The row; whatever is raised around its measurement is in it. Where the run's time is over, those who had no turn say so:
+    an operator is stopped here, a whole model's contestants one by one."""
     row = task.row
     try:
-        task.measure(row, settings)
+        with limits.limited(None if row["op"] in show.WHOLE else settings.run_left_s()):
+            task.measure(row, settings)
+    except limits.TooSlow:
+        met = {*row["peers"], *row["unavailable"]}
+        row["unavailable"] |= {name: results.NO_TIME for name in task.contestants if name not in met}
+        if not row["ours_ms"]:
+            row["error"] = f"fastvit: {results.NO_TIME}"
     except results.NotRun as why:
         row["unavailable"]["fastvit"] = str(why)
     except Exception as error:
