@@ -1,7 +1,7 @@
 """Gradients of parameters that are column sums, on the Triton kernels: the last stage of the backward passes.
 
-Large sums take two steps, strips of rows and then these: each step is one launch for all the sums of a backward pass (for each
-dtype of what is summed up), in a fixed order.
+Large sums take two steps, strips of rows and then these: each step is one launch for all the sums of a backward pass, in
+a fixed order.
 """
 
 import functools
@@ -100,10 +100,10 @@ def _cut(x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _launch(sums: list[_Sum]) -> None:
-    """One launch for all of the same dtypes that come to as many strips, one product among them."""
+    """One launch for all whose results have the same dtype and as many strips, one product among them."""
     alike: dict[tuple, tuple[list[_Sum], list[_Sum]]] = {}
     for one in sums:
-        plain, products = alike.setdefault((one.x.dtype, one.out.dtype, one.out.shape[:-1]), ([], []))
+        plain, products = alike.setdefault((one.out.dtype, one.out.shape[:-1]), ([], []))
         (plain if one.factor is None else products).append(one)
     for plain, products in alike.values():
         while plain or products:
