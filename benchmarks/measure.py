@@ -7,6 +7,7 @@ memory that a call adds at its highest (``VmHWM``, reset before the call).
 
 import contextlib
 import ctypes
+import functools
 import gc
 import statistics
 import time
@@ -23,6 +24,7 @@ WARM_UP = 5
 GRAPH_BELOW_MS = 1.0  # shorter than this, launching costs as much as running: a graph's replay is timed
 MOST_ROUNDS = 50
 MOST_CALLS = 5000
+ROUNDS_IN_TURNS = 12  # on a GPU
 GPU = torch.device("cuda")
 
 Call = Callable[[], object]
@@ -192,8 +194,45 @@ def _with_energy(calls: Sequence[Call], repeats: int, counter: energy.Counter) -
     return timing
 
 
+def in_turns(contestants: Mapping[str, Sequence[Call]], replays: bool) -> dict[str, Timing]:
+    """Times contestants on the GPU in turns, as replays or by events, so that a clock that drifts hits all of them.
+
+    A ``sample`` is of one call, the mean of a round. Raises ``RuntimeError`` where one is to be replayed and cannot be captured.
+    """
+    rounds: dict[str, tuple[Call, int]] = {}
+    for name, calls in contestants.items():
+        captured = _captured(calls) if replays else None
+        if replays and captured is None:
+            raise RuntimeError(f"{name} could not be captured again")
+        rounds[name] = captured or (functools.partial(_each, calls), len(calls))
+    samples: dict[str, list[float]] = {name: [] for name in rounds}
+    for number in range(ROUNDS_IN_TURNS + 1):
+        for name in list(rounds) if number % 2 == 0 else reversed(rounds):
+            whole, count = rounds[name]
+            samples[name].append(_event_times([whole], 1)[0] / count)
+    return {name: summarize(found[1:]) for name, found in samples.items()}  # the first is a warm-up
+
+
+def _each(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
 def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:
     """Times of one call, from replays of a graph of at least twenty; None where the calls cannot be captured."""
+    captured = _captured(calls)
+    if captured is None:
+        return None
+    replay, count = captured
+    replay()
+    torch.cuda.synchronize()
+    first = _event_times([replay], 3)
+    repeats = max(10, min(500, int(budget_s * 1e3 / max(statistics.median(first), 1e-3))))
+    return [total / count for total in _event_times([replay], repeats)]
+
+
+def _captured(calls: Sequence[Call]) -> tuple[Call, int] | None:
+    """(a replay of at least twenty calls, how many); None where they cannot be captured."""
     rounds = -(-20 // len(calls))
     graph = torch.cuda.CUDAGraph()
     try:
@@ -204,12 +243,7 @@ def _graph_times(calls: Sequence[Call], budget_s: float) -> list[float] | None:
     except RuntimeError:
         torch.cuda.synchronize()  # raises where more is broken than the capture
         return None
-    graph.replay()
-    torch.cuda.synchronize()
-    count = rounds * len(calls)
-    first = _event_times([graph.replay], 3)
-    repeats = max(10, min(500, int(budget_s * 1e3 / max(statistics.median(first), 1e-3))))
-    return [total / count for total in _event_times([graph.replay], repeats)]
+    return graph.replay, rounds * len(calls)
 
 
 @dataclass

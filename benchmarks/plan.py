@@ -137,7 +137,7 @@ def seconds(task: Task, settings: Settings) -> float:
         return SET_UP_OF_BLOCK * depth + TURN * len(named) + compiled + once + exported
     names = [name for name in task.contestants if here.why_not(name) is None]
     twice = 2 if row["pass"] == "backward" else 1
-    found = 4 * PLAIN + PLAIN * len(names)
+    found = 5 * PLAIN + PLAIN * len(names)
     found += twice * FLEX * sum("flex" in name for name in names)
     found += twice * COMPILE * sum("compile" in name for name in names)
     return found + (MAX_AUTOTUNE if row["pass"] == "forward" and "compile_max_autotune" in names else 0)

@@ -298,6 +298,38 @@ def test_a_graph_has_the_memory_of_its_capture(monkeypatch):
     assert gpu.stream == "default"
 
 
+@pytest.mark.parametrize(("replays", "ms"), [(True, 1 / 20), (False, 0.125)])
+def test_contestants_take_turns_on_a_gpu(replays, ms, monkeypatch):
+    gpu, order = FakeGpu(monkeypatch, refuses=False), []
+
+    def call(name):
+        order.append(name)
+        gpu.call()
+
+    timings = measure.in_turns({name: [lambda name=name: call(name)] for name in "ab"}, replays)
+    assert order[:4] == (["a"] * 4 if replays else ["a", "b", "b", "a"])
+    assert timings["a"].samples == pytest.approx([ms] * measure.ROUNDS_IN_TURNS)
+    assert measure.paired(timings["a"], timings["b"])["ratio_quartiles"] == pytest.approx([1.0, 1.0])
+    gpu.refuses = True
+    if replays:
+        with pytest.raises(RuntimeError, match="a could not be captured again"):
+            measure.in_turns({"a": [gpu.call]}, replays)
+
+
+@pytest.mark.parametrize(("eager", "found"), [(0.98, 1.25), (0.9, 0.9)])
+def test_what_is_level_on_a_gpu_is_settled_in_turns(eager, found, monkeypatch):
+    FakeGpu(monkeypatch, refuses=False)
+    samples = {"eager": measure.summarize([5.0, 5.0]), "fastvit": measure.summarize([4.0, 4.0])}
+    monkeypatch.setattr(measure, "in_turns", lambda contestants, replays: {name: samples[name] for name in contestants})
+    row = {
+        "ours_ms": 1.0,
+        "peers": {"eager": eager, "compile": 3.0},
+        "timed": dict.fromkeys(("eager", "compile", "fastvit"), "replay"),
+    }
+    operators._settle(row, dict.fromkeys(("eager", "compile", "fastvit"), list))
+    assert results.ratio(row) == found
+
+
 class FakeNvml:
     """NVML's four functions; ``codes`` {function: error code}."""
 
