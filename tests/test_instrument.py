@@ -321,13 +321,29 @@ def test_what_is_level_on_a_gpu_is_settled_in_turns(eager, found, monkeypatch):
     FakeGpu(monkeypatch, refuses=False)
     samples = {"eager": measure.summarize([5.0, 5.0]), "fastvit": measure.summarize([4.0, 4.0])}
     monkeypatch.setattr(measure, "in_turns", lambda contestants, replays: {name: samples[name] for name in contestants})
-    row = {
-        "ours_ms": 1.0,
-        "peers": {"eager": eager, "compile": 3.0},
-        "timed": dict.fromkeys(("eager", "compile", "fastvit"), "replay"),
-    }
-    operators._settle(row, dict.fromkeys(("eager", "compile", "fastvit"), list))
+    names = ("eager", "compile", "fastvit")
+    row = {"ours_ms": 1.0, "peers": {"eager": eager, "compile": 3.0}, "timed": dict.fromkeys(names, "replay"), "unavailable": {}}
+    operators._settle(row, dict.fromkeys(names, list))
     assert results.ratio(row) == found
+
+
+def test_what_cannot_be_settled_says_why_and_is_not_tried_again(monkeypatch):
+    FakeGpu(monkeypatch, refuses=False)
+    asked = []
+
+    def broken(contestants, replays):
+        asked.append(sorted(contestants))
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(measure, "in_turns", broken)
+    row = {"ours_ms": 1.0, "peers": {"eager": 1.0}, "timed": dict.fromkeys(("eager", "fastvit"), "replay"), "unavailable": {}}
+    operators._settle(row, dict.fromkeys(("eager", "fastvit"), list))
+    assert row["broke"] == "eager in turns"
+    assert "misaligned" in row["unavailable"]["eager in turns"]
+    assert row["ours_ms"] == 1.0
+    del row["broke"]
+    operators._settle(row, {})
+    assert asked == [["eager", "fastvit"]]
 
 
 class FakeNvml:
