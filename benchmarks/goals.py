@@ -28,13 +28,19 @@ def over(*peers: str) -> Value:
 
 
 def over_as_called(*peers: str) -> Value:
-    """The fastest of those peers, as a user calls it, over the fastest of ours, CUDA graphs included."""
+    """The fastest of those peers over the fastest of ours, both as a user calls them."""
 
     def value(row: Row, rows: list[Row]) -> float | None:
-        found = [row["peers"][name] / row["ours_ms"] for name in peers if name in row["peers"]]
+        found = [row["peers"][name] / as_called(row, rows) for name in peers if name in row["peers"]]
         return min(found, default=None)
 
     return value
+
+
+def as_called(row: Row, rows: list[Row]) -> float:
+    """The fastest of ours in ms; ``cuda_graphs=True`` counts, a bare replay with no image copied in does not."""
+    times = [ms for name, ms in row.get("ours_variants", {}).items() if not name.endswith("_graph")]
+    return min(times, default=row["ours_ms"])
 
 
 def kernel_over_all(row: Row, rows: list[Row]) -> float | None:
@@ -275,7 +281,7 @@ GOALS = [
             "model",
             "forward",
             (f"{name} 224, batch 1",),
-            field("ours_ms"),
+            as_called,
             most=most,
             unit="ms",
             predicted=counted,

@@ -110,7 +110,8 @@ def rate(per_second: float | None) -> str:
 
 
 def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
-    """Whole models: ``everyone`` a column for each contestant that was timed in any row, or else the fastest peer alone.
+    """Whole models: ``everyone`` a column for each contestant that was timed in any row, or else the fastest peer alone, and
+    which variant of ours it is.
 
     A column of commits where rows have theirs.
     """
@@ -131,7 +132,8 @@ def model_table(rows: Iterable[Row], everyone: bool = True) -> list[str]:
             lines.append("| " + " | ".join([row["case"], *peers, cell]) + " |" * (len(head) - len(peers) - 1))
             continue
         found, late = results.ratio(row), row.get("p95_ms")
-        cells = [row["case"], *peers, duration(row["ours_ms"]) + (f" ({duration(late)})" if late else "")]
+        mine = duration(row["ours_ms"]) + (f" ({duration(late)})" if late else "")
+        cells = [row["case"], *peers, f"{mine}, {row['ours']}" if not everyone and row.get("ours") else mine]
         cells += [duration(row.get("ours_variants", {}).get("accelerated_compile"))] * compiled
         cells += [rate(images_s(row)), f"{found:.2f}{quartiles(row)}" if found else "–"]
         cells += [f"{row['mfu']:.0%}" if row.get("mfu") else "–"] * mfu
@@ -196,7 +198,8 @@ def page(result: Result, pictures: Iterable[str] = ()) -> str:
         "quartiles of paired runs. *Of the floor*: the time that arithmetic and bytes cannot do without, at the two rates above,",
         "over fastvit's; *MFU*: the same of a whole model, by arithmetic alone. *p95*: the 95th percentile of latency.",
         "*Peak memory*: what a call adds, that peer's → fastvit's. Where only one of the two could be a CUDA graph, *times as",
-        "fast* goes by both without one.",
+        "fast* goes by both without one. Of a model's variants `_cuda_graphs` is what `accelerate(cuda_graphs=True)` gives, and",
+        "`_graph`, ours as a peer's, a bare replay: no image is copied in and no result out.",
         "",
         f"{len(rows)} measurements; fastvit is slower in {len(lost)}, failed in {len(failed)}.",
         "",

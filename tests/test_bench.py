@@ -353,11 +353,16 @@ def test_a_gpus_models_have_latencies_energy_and_reasons():
     row = _row("ViT-L, batch 64, fp8", 4.0, op="model", shape=[64, 3], p95_ms=4.5, mfu=0.5, peak_mb=100.0)
     row |= {"peers": {"torchao_float8": 6.0, "torchao_float8_compile": 5.0}, "peers_p95_ms": {"torchao_float8": 6.5}}
     row |= {"joules_an_image": 0.05, "peers_joules_an_image": {"torchao_float8_compile": 0.08}, "vs_bf16": 1.5, "bf16_ms": 6.0}
-    row |= {"cosine": 0.99931, "ours_variants": {"accelerated_fp8": 4.0}, "unavailable": {"tensorrt": "No module named x"}}
+    row |= {
+        "cosine": 0.99931,
+        "ours": "accelerated_fp8",
+        "ours_variants": {"accelerated_fp8": 4.0},
+        "unavailable": {"tensorrt": "No module named x"},
+    }
     failed = _row("ViT-H", None, op="model", error="WrongResult: y")
     failed |= {"energy_absent": "no NVML"}
     lines = show.model_section([row, failed], {"gpu": "H200"})
-    numbers = "4.00 ms (4.50 ms) | 16,000 | 1.25 | 50% | – → 100 MiB | 0.08 → 0.05"
+    numbers = "4.00 ms (4.50 ms), accelerated_fp8 | 16,000 | 1.25 | 50% | – → 100 MiB | 0.08 → 0.05"
     assert f"| ViT-L, batch 64, fp8 | torchao_float8_compile, 5.00 ms | {numbers} |" in lines
     assert "| ViT-L, batch 64, fp8 | 6.00 ms | 4.00 ms | 1.50 | 0.99931 |" in lines
     everyone = "torchao_float8 6.00 ms (6.50 ms), torchao_float8_compile 5.00 ms, **accelerated_fp8** 4.00 ms"

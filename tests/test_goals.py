@@ -103,6 +103,16 @@ def test_whole_models():
     assert verdicts(rows, "SAM-H encoder, batch 8") == {"SAM-H encoder, batch 8": "missed"}
 
 
+def test_a_bare_replay_is_not_what_a_user_calls():
+    ours = {"accelerated": 0.9, "accelerated_graph": 0.28, "accelerated_cuda_graphs": 0.31}
+    one = row("model", "ViT-B/16 224, batch 1", ours_ms=0.28, peers={"eager": 0.9}, ours_variants=ours)
+    assert verdicts([one], "ViT-B/16, batch 1") == {one["case"]: "missed"}
+    assert verdicts([one], "ViT, batch 1, over eager")[one["case"]] == "missed"
+    ours["accelerated_cuda_graphs"] = 0.29
+    assert verdicts([one], "ViT-B/16, batch 1") == {one["case"]: "met"}
+    assert verdicts([one], "ViT, batch 1, over eager")[one["case"]] == "met"
+
+
 def test_compiling_an_accelerated_model_makes_it_no_slower():
     ours = {"accelerated": 1.0, "accelerated_compile": 1.01, "accelerated_graph": 0.5}
     one = row("model", "ViT-B/16 224, batch 1", ours_ms=0.5, peers={"compile": 1.0, "eager": 2.0}, ours_variants=ours)
