@@ -189,8 +189,8 @@ def check(precision: str, out: Any, exact: Tensor) -> float:
 
 def run(case: Case, row: results.Row, settings: Settings) -> None:
     """Fills the row; a wrong result of ours gets an ``error`` and no time. ``NotRun`` where the GPU has no such products."""
-    row |= {"gflop": case.flops / 1e9, "mbyte": case.bytes / 1e6}
-    row["floor_ms"] = settings.floor_ms(row["gflop"] / 2, row["mbyte"])
+    row |= {"gflop": case.flops / 1e9, "mbyte": case.bytes / 1e6, "rate": 2}
+    row["floor_ms"] = settings.floor_ms(row["gflop"] / row["rate"], row["mbyte"])
     absent = quantized.why_not(case.precision, torch.device(settings.device))
     if absent and not settings.dry:
         raise results.NotRun(absent)

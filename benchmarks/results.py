@@ -2,12 +2,13 @@
 
 ``{"gpu", "driver", "commit", "versions", "copy_gb_s", "gemm_tflop_s", "rows": [...]}``; a row: case, op, pass ("forward",
 "backward", "step", "first_call", "launch"), dtype, shape, ours_ms, ours_spread, peers {name: ms}, floor_ms, gflop, mbyte,
-peak_mb, peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move.
-Whole models besides: p95_ms, images_s, mfu, joules_an_image (or ``energy_absent``, why not), the peers' as peers_p95_ms and
-peers_joules_an_image, and ``took_s`` {name: seconds} of everyone's turn, compiling and checking included. A row without a
-time has an ``error`` and its ``traceback``. ``standard`` {"of", "overall", "row"}: the peer by whose error the others of a whole
-model are judged. On a GPU ``timed`` {name: "replay" or "events"} says how each was timed and ``events_ms`` {name: ms} has
-everyone's time by events; ``broke`` names who left the device unusable.
+peak_mb, peers_peak_mb, max_error, and ``unavailable`` {peer: reason}. Memory in MiB; mbyte: the 10⁶ bytes that must move;
+``rate``: how many times the large product's the floor takes for arithmetic in 8 bits. Whole models besides: p95_ms, images_s,
+mfu, joules_an_image (or ``energy_absent``, why not), the peers' as peers_p95_ms and peers_joules_an_image, and ``took_s``
+{name: seconds} of everyone's turn, compiling and checking included. A row without a time has an ``error`` and its
+``traceback``. ``standard`` {"of", "overall", "row"}: the peer by whose error the others of a whole model are judged. On a GPU
+``timed`` {name: "replay" or "events"} says how each was timed and ``events_ms`` {name: ms} has everyone's time by events;
+``broke`` names who left the device unusable.
 """
 
 import contextlib
@@ -248,11 +249,20 @@ def write(path: Path, result: Result) -> None:
 
 
 def merge(old: Result | None, new: Result) -> Result:
-    """The new file with the rows of an older run of the same commit that were not measured again."""
+    """The new file with the rows of an older run of the same commit that were not measured again, held to the new one's rates."""
     if old is None or old.get("commit") != new["commit"]:
         return new
     measured = {key(row) for row in new["rows"]}
-    return new | {"rows": [row for row in old["rows"] if key(row) not in measured] + new["rows"]}
+    return new | {"rows": [held_to(row, new) for row in old["rows"] if key(row) not in measured] + new["rows"]}
+
+
+def held_to(row: Row, rates: Result) -> Row:
+    """The row with its floor and its MFU by a file's ``gemm_tflop_s`` and ``copy_gb_s``, which every run measures anew."""
+    if not row.get("floor_ms") or not rates.get("gemm_tflop_s"):
+        return row
+    arithmetic = (row.get("gflop") or 0.0) / rates["gemm_tflop_s"]
+    row = row | {"floor_ms": max(arithmetic / row.get("rate", 1), (row.get("mbyte") or 0.0) / rates["copy_gb_s"])}
+    return row | {"mfu": arithmetic / row["ours_ms"]} if row.get("mfu") and row["ours_ms"] else row
 
 
 def compare(old: Result, new: Result, loss: float = LOSS) -> tuple[list[str], list[str], int]:

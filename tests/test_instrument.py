@@ -649,6 +649,26 @@ def test_a_part_run_alone_joins_the_file():
     assert results.merge(None, new) == new
 
 
+def test_rows_of_an_older_run_are_held_to_the_new_ones_rates():
+    """A file has one pair of rates: what each kind of row was measured as under those is what joining makes of it."""
+    old, new = ({"commit": "c", "gemm_tflop_s": flops, "copy_gb_s": copy} for flops, copy in ((700.0, 4000.0), (800.0, 3000.0)))
+
+    def measured(rates):
+        here = Settings("cpu", rates, dry=True)
+        norm = results.new_row("norm", "layer_norm", "forward", "bf16", [1]) | {"gflop": 1.0, "mbyte": 900.0, "ours_ms": 0.4}
+        model = results.new_row("ViT", "model", "forward", "bf16", [1]) | {"gflop": 35.0, "ours_ms": 0.1}
+        model |= {"mfu": 35.0 / 0.1 / rates["gemm_tflop_s"], "floor_ms": here.floor_ms(35.0)}
+        eight = results.new_row("fc1", "linear_8bit", "forward", "fp8", [1])
+        linear_8bit.run(dataclasses.replace(linear_8bit.CASES[0], rows=5, channels=32), eight, here)
+        launch = results.new_row("fc1", "linear", "launch", "bf16", [1]) | {"ours_ms": 0.01}
+        return [norm | {"floor_ms": here.floor_ms(1.0, 900.0)}, model, eight | {"ours_ms": 1.0}, launch]
+
+    assert [row["floor_ms"] for row in measured(old)] != [row["floor_ms"] for row in measured(new)]
+    kept = results.merge(old | {"rows": measured(old)}, new | {"rows": []})["rows"]
+    for row, expected in zip(kept, measured(new), strict=True):
+        assert [row["floor_ms"], row.get("mfu")] == pytest.approx([expected["floor_ms"], expected.get("mfu")])
+
+
 def test_the_result_file_is_named_by_gpu_day_and_commit(tmp_path):
     about = {"gpu": "NVIDIA H200 141GB", "commit": "0123456789"}
     path = results.path_of(tmp_path, about, datetime.date(2026, 1, 31))
