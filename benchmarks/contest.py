@@ -205,6 +205,7 @@ class Contest:
                 events["fastvit"] = min(timing.events_ms, events.get("fastvit", timing.events_ms))
             if row["ours_ms"] is None or timing.ms < row["ours_ms"]:
                 row |= {"ours": name, "ours_ms": timing.ms, "ours_spread": timing.spread, "p95_ms": timing.p95_ms}
+                row["rounds"] = len(timing.samples)
                 row |= {"peak_mb": timing.peak_mb, "max_error": error}
                 row["joules_an_image"] = None if timing.joules is None else timing.joules / row["shape"][0]
                 row["timed"]["fastvit"] = timing.timed

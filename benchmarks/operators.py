@@ -203,6 +203,7 @@ def _time_in_turns(row: results.Row, contestants: dict[str, Callable], settings:
     if mine is None:
         return
     row |= {"ours_ms": mine.ms, "ours_spread": mine.spread, "ours_cpu_ms": mine.cpu_ms, "peak_mb": peaks["fastvit"]}
+    row["rounds"] = len(mine.samples)
     best = results.fastest_peer(row)
     if best:
         row |= measure.paired(timings[best], mine)

@@ -8,6 +8,7 @@ from . import results
 from .results import Result, Row
 
 WHOLE = ("model", "sam", "training")
+MAXIMUM_UP_TO, EXTREMES_UP_TO = 11, 3  # runs: so few have no 95th percentile and no quartiles but these (measure)
 
 
 def duration(ms: float | None) -> str:
@@ -62,6 +63,16 @@ def machine(result: Result) -> str:
 def quartiles(row: Row) -> str:
     low, high = row.get("ratio_quartiles") or (None, None)
     return "" if low is None else f" ({low:.2f}–{high:.2f})"
+
+
+def runs(rows: Iterable[Row], how: str = "") -> str:
+    """Of how many runs the rows' medians are, and what of them is an extreme where that is few; empty where no row says."""
+    counts = sorted({row["rounds"] for row in rows if row.get("rounds")})
+    if not counts:
+        return ""
+    limits = {MAXIMUM_UP_TO: "p95 is the longest", EXTREMES_UP_TO: "quartiles are the extremes"}
+    few = "; ".join(f"of {limit} or fewer, {what}" for limit, what in limits.items() if counts[0] <= limit)
+    return f" of {'–'.join(map(str, sorted({counts[0], counts[-1]})))} runs{how}" + (f" ({few})" if few else "")
 
 
 def _cells(row: Row) -> list[str]:
@@ -199,7 +210,7 @@ def page(result: Result, pictures: Iterable[str] = ()) -> str:
         "over fastvit's; *MFU*: the same of a whole model, by arithmetic alone. *p95*: the 95th percentile of latency.",
         "*Peak memory*: what a call adds, that peer's → fastvit's. Where only one of the two could be a CUDA graph, *times as",
         "fast* goes by both without one. Of a model's variants `_cuda_graphs` is what `accelerate(cuda_graphs=True)` gives, and",
-        "`_graph`, ours as a peer's, a bare replay: no image is copied in and no result out.",
+        f"`_graph`, ours as a peer's, a bare replay: no image is copied in and no result out. Times are medians{runs(rows)}.",
         "",
         f"{len(rows)} measurements; fastvit is slower in {len(lost)}, failed in {len(failed)}.",
         "",

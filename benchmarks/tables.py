@@ -61,9 +61,8 @@ def whole_models(folder: Path) -> list[tuple[Path, Result]]:
 
 def _caption(path: Path, result: Result, docs: bool) -> str:
     link = f"{'../' if docs else ''}{path.relative_to(ROOT)}"
-    rounds = sorted({row["rounds"] for row in result["rows"] if row.get("rounds")})
-    turns = f" of {'–'.join(map(str, sorted({rounds[0], rounds[-1]})))} runs in turns" if rounds else ""
-    return f"Medians{turns}; {show.machine(result)} [File]({link})."
+    turns = " in turns" if result.get("gpu", "none") == "none" else ""
+    return f"Medians{show.runs(result['rows'], turns)}; {show.machine(result)} [File]({link})."
 
 
 def cpu_models(docs: bool) -> list[str]:

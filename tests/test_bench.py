@@ -11,7 +11,7 @@ import time
 import pytest
 from fastvit.benchmarks import suite as installed_suite  # the command line's, which in a checkout is another module
 
-from benchmarks import plots, results, show, suite, tables
+from benchmarks import measure, plots, results, show, suite, tables
 from benchmarks.settings import Task
 from fastvit import functional
 from fastvit.cli.app import run
@@ -370,6 +370,21 @@ def test_a_gpus_models_have_latencies_energy_and_reasons():
     assert any(line.endswith("| energy: no NVML |") for line in lines)
     (line,) = [line for line in lines if "**failed**" in line]
     assert line.count("|") == lines[0].count("|")
+
+
+def test_of_how_many_runs_a_number_is():
+    """And up to how many the 95th percentile and the quartiles are nothing but the extremes."""
+    for count in range(2, 30):
+        times = [1.0 + number for number in range(count)]
+        assert (measure.summarize(times).p95_ms == times[-1]) == (count <= show.MAXIMUM_UP_TO)
+        halves = measure.paired(measure.summarize(times), measure.summarize([1.0] * count))["ratio_quartiles"]
+        assert (halves == [times[0], times[-1]]) == (count <= show.EXTREMES_UP_TO)
+    said = [show.runs([_row("a", 1.0, rounds=least), _row("b", 1.0, rounds=50), _row("c", 1.0)]) for least in (2, 4, 12)]
+    assert said[0] == " of 2–50 runs (of 11 or fewer, p95 is the longest; of 3 or fewer, quartiles are the extremes)"
+    assert said[1:] == [" of 4–50 runs (of 11 or fewer, p95 is the longest)", " of 12–50 runs"]
+    assert show.runs([_row("c", 1.0)]) == ""
+    about = {"gpu": "H200", "commit": "0123456789", "date": "2026-01-31", "versions": {"torch": "2.13.0"}}
+    assert "of 2 runs (of 11 or fewer, p95" in show.page(about | {"rows": [_row("a", 1.0, rounds=2)]})
 
 
 def test_models_are_listed_by_batch():
