@@ -172,11 +172,12 @@ class Contest:
         return error, timing
 
     def peers(self, builders: Builders) -> None:
-        """The first of them sets how much the others may be off."""
+        """The first of them sets how much the others may be off, and runs again where a row that is gone on with does not say."""
         row = self.row
         row.setdefault("events_ms", {})
         for name, build in builders.items():
-            if name in row["peers"]:  # timed in the run that this one goes on from
+            judged = "standard" in row or not isinstance(self.rule, Rounding)
+            if name in row["peers"] and judged:  # timed in the run that this one goes on from
                 continue
             found = self.attempt(name, build, of_peer=True)
             if isinstance(found, tuple):  # whatever a peer throws, it does not serve here
