@@ -209,6 +209,7 @@ def test_what_a_call_read_is_kept_no_longer_than_a_recording_may_come_of_it(tape
         return before.sum() + self.kept
 
     model = graphed(Probe(body))
+    call(model, torch.randn(1, 4))  # from now on it has the attribute
     for batch in range(1, 5):
         call(model, torch.randn(batch, 4), times=store.MAX_LOOKS + 1)
         assert "every call reads other tensors" in outcome(model)

@@ -95,7 +95,8 @@ def _contents(value: Any) -> tuple[tuple, list[Any], Callable[[list[Any]], Any]]
                 ),
             )
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = tuple(field.name for field in dataclasses.fields(value))
+        fields = [field.name for field in dataclasses.fields(value)]
+        names = tuple(dict.fromkeys((*fields, *getattr(value, "__dict__", ()))))  # and what was set on it beside its fields
         return names, [getattr(value, name) for name in names], lambda values: _replaced(value, names, values)
     raise Unknown(f"is or holds a {kind.__name__}, which could change unseen")
 

@@ -24,7 +24,7 @@ from .inspection import Inspection
 from .recorder import RECORDERS
 from .recording import Recording, Shared
 from .signature import Unknown, mapped, read, settings
-from .watch import Watch
+from .watch import Reads, Watch
 
 MAX_RECORDINGS = 16  # a module
 PATIENCE = 1000  # calls without a replay after which a recording makes room for another signature's
@@ -33,7 +33,8 @@ MAX_SIGNATURES = 512  # a module, unrecorded ones too
 REPLAYED = "its last call was replayed"
 NEW = "its signature is new, and recorded when it comes for the fourth time"
 GRADIENTS = "gradients are recorded for a tensor that is no parameter of it"
-CHANGED = "since the call before, a child, a weight, a setting or what was made of a weight has become another one"
+CHANGED = "since the call before, a child, a weight, a function, a setting or what was made of a weight has become another one"
+WRITTEN = "since it was recorded, a buffer that it reads was written over: it is for this call to say what it should hold"
 
 _thread = threading.local()
 
@@ -47,12 +48,13 @@ def inside() -> bool:
 class _Entry:
     """One signature. ``again``: it came more than once; ``looks``: how many of its runs were looked on at; ``read``: what the
     last of these read beside its inputs, by storage: kept from being freed, and its address from being given to others;
-    ``settled``: it may be recorded; ``refused``: why it is not; ``used``: the number of the call that replayed it last."""
+    ``reads``: what of that is looked at before a replay, once it is settled that it may be recorded; ``refused``: why it is not;
+    ``used``: the number of the call that replayed it last."""
 
     again: bool = False
     looks: int = 0
     read: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    settled: bool = False
+    reads: Reads | None = None
     refused: str | None = None
     recording: Recording | None = None
     used: int = 0
@@ -95,41 +97,56 @@ class Graphs:
                 reason = self._why_not_now(watch, tensors)
                 if reason is None:
                     entry = self._entry(key)
+                    if entry.reads is not None and entry.reads.replaced(watch):
+                        self.entries[key] = entry = _Entry()
+                        changed = True
                     reason = self._why_no_recording(entry, module, run, args, kwargs, tensors)
-                    reason = CHANGED if changed else reason
+                    reason, loose = CHANGED if changed else reason, watch.loose()
                     if reason is None and entry.recording is not None:
                         entry.used, self.outcome = self.calls, REPLAYED
                         return entry.recording.run(tensors)[1]
-        if entry is None or not entry.again or entry.settled or entry.refused is not None:
+        if entry is None or not entry.again or entry.reads is not None or entry.refused is not None:
             self.outcome = f"its last call ran without a graph: {reason}"
+            self._let_go()
             return run(*args, **kwargs)
         inspection = Inspection(tensors[0].device, tensors)
         with _alone(), inspection:
             output = _uncached(run)(*args, **kwargs)
         with self.shared.lock:
-            self._take_in(entry, inspection, _why_opaque(output, inspection))
+            self._take_in(entry, watch, loose, inspection, _why_opaque(output, inspection))
             self.outcome = f"its last call ran without a graph: {entry.refused or reason}"
         return output
 
-    def _take_in(self, entry: _Entry, inspection: Inspection, reason: str | None) -> None:
+    def _take_in(self, entry: _Entry, watch: Watch, loose: list[Tensor], inspection: Inspection, reason: str | None) -> None:
         """What a run that was looked on at tells of its signature; ``reason``: why it cannot be recorded, or None."""
-        entry.settled = reason is None and entry.looks > 0 and inspection.read.keys() == entry.read.keys()
+        settled = reason is None and entry.looks > 0 and inspection.read.keys() == entry.read.keys()
+        entry.reads = Reads(watch, loose, inspection.read) if settled else None
         entry.looks, entry.read = entry.looks + 1, inspection.read
-        if reason is None and not entry.settled and entry.looks == MAX_LOOKS:
+        if reason is None and entry.reads is None and entry.looks == MAX_LOOKS:
             reason = "every call reads other tensors, which calls before it left behind"
         entry.refused = reason
         if reason is not None:
             entry.read = {}
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Frees what the last call left behind on the module as soon as the next one leaves something else there."""
+        with self.shared.lock:
+            if self.watch is not None:
+                self.watch.attributes.let_go()
 
     def _at_once(self, key: Hashable, module: nn.Module, tensors: list[Tensor]) -> tuple[bool, Any]:
         """(whether the call was replayed, its output): what has not changed up to the last call has hardly changed since, so the
         module is looked at while the device is at work."""
         entry, watch = self.entries.get(key), self.watch
-        if entry is None or entry.recording is None or watch is None or self.outcome is not REPLAYED:
+        reads = None if entry is None else entry.reads
+        if entry is None or entry.recording is None or reads is None or watch is None or self.outcome is not REPLAYED:
             return False, None
 
         def still_holds() -> bool:
-            return not watch.replaced(module) and (self._why_not_now(watch, tensors) or _why_gradients(entry.read)) is None
+            if watch.replaced(module) or reads.replaced(watch) or reads.written():
+                return False
+            return (self._why_not_now(watch, tensors) or _why_gradients(entry.read)) is None
 
         holds, output = entry.recording.run(tensors, still_holds)
         if holds:
@@ -168,10 +185,11 @@ class Graphs:
         self, entry: _Entry, module: nn.Module, run: Callable, args: tuple, kwargs: dict[str, Any], tensors: list[Tensor]
     ) -> str | None:
         """Why a signature has no recording, or None; one that comes again is given one."""
-        if entry.recording is not None or entry.refused is not None:
-            return entry.refused or _why_gradients(entry.read)
-        if not entry.settled:
-            return NEW
+        reads = entry.reads
+        if entry.refused is not None or reads is None:
+            return entry.refused or NEW
+        if entry.recording is not None:
+            return _why_gradients(entry.read) or (WRITTEN if reads.written_anew() else None)
         if len(self.recordings) >= MAX_RECORDINGS:
             oldest = min(self.recordings, key=lambda entry: entry.used)
             if self.calls - oldest.used < PATIENCE:
@@ -181,6 +199,7 @@ class Graphs:
         try:
             with _alone():
                 entry.recording = Recording(recorder, _uncached(run), args, kwargs, tensors, entry.read)
+            reads.written_anew()
         except Unknown as error:
             entry.refused = f"one of its arguments or results {error}"
         except Exception as error:
