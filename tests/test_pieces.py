@@ -51,6 +51,16 @@ def test_a_single_sample_larger_than_a_piece_is_whole(batches, monkeypatch):
         assert batches == [1] * batch
 
 
+def assert_the_same_in_pieces(batches, one, x, **options):
+    """Of five samples."""
+    right = one(x, **options)
+    fastvit.accelerate(one)
+    batches.clear()
+    out = one(x, **options)
+    assert batches == [2, 2, 1]
+    torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("masks", [1, 5])
 @pytest.mark.parametrize("of", ["bool", "bias"])
@@ -58,12 +68,7 @@ def test_every_sample_meets_its_own_mask(batches, masks, of):
     one = timm_vit(init_values=None).blocks[0]
     x, mask = tokens(5, 10), torch.rand(masks, 1, 10, 10, generator=torch.Generator().manual_seed(0))
     mask = (mask < 0.6) | torch.eye(10, dtype=torch.bool) if of == "bool" else 3 * mask
-    right = one(x, attn_mask=mask)
-    fastvit.accelerate(one)
-    batches.clear()
-    out = one(x, attn_mask=mask)
-    assert batches == [2, 2, 1]
-    torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
+    assert_the_same_in_pieces(batches, one, x, attn_mask=mask)
 
 
 @torch.no_grad()
@@ -73,12 +78,7 @@ def test_every_sample_is_rotated_by_its_own_angles(batches, own):
 
     one, x = EvaBlock(48, 3, mlp_ratio=2, num_prefix_tokens=1).eval(), tokens(5, 10)
     rope = torch.randn(*((5, 1) if own else ()), 9, 32, generator=torch.Generator().manual_seed(0))
-    right = one(x, rope=rope)
-    fastvit.accelerate(one)
-    batches.clear()
-    out = one(x, rope=rope)
-    assert batches == [2, 2, 1]
-    torch.testing.assert_close(out, right, rtol=1e-5, atol=1e-5)
+    assert_the_same_in_pieces(batches, one, x, rope=rope)
 
 
 @torch.no_grad()
